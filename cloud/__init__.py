@@ -1,0 +1,1 @@
+"""The fleet's side: training, collector, store, and the API over them."""

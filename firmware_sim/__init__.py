@@ -1,0 +1,1 @@
+"""Stands in for vehicles: physics, faults, drivers and CAN. Shares only `edge_agent.contract` with the agent."""
