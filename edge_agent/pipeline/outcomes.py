@@ -67,7 +67,7 @@ class Scored:
 class NoScore:
     """A window that was not scored, and why, in plain words that name the signal or the limit.
 
-    `reason` is a short code that counts can be kept under: low_coverage, signal_missing, no_bundle, not_finite, too_slow.
+    `reason` is a short code that counts are kept under: low_coverage, signal_missing, no_bundle, not_finite, too_slow.
     """
 
     end_s: float
