@@ -1,0 +1,49 @@
+"""`fleet-cloud`: the commands of the cloud. A command whose extra is not installed says which one it needs."""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from edge_agent.contract.errors import VoltwatchError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+# command → (module that has it, the extra that installs what it needs)
+COMMANDS = {
+    "prepare": ("cloud.training.commands", "training"),
+    "train": ("cloud.training.commands", "training"),
+    "evaluate": ("cloud.training.commands", "training"),
+    "serve": ("cloud.api.commands", "cloud"),
+    "broker": ("cloud.api.commands", "cloud"),
+    "demo": ("cloud.demo", "training"),
+}
+
+
+def main() -> None:
+    """Run one command; a fault of the user's or the outside's is one line and its exit code, never a traceback."""
+    wanted = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    for name in [wanted] if wanted else COMMANDS:
+        module, extra = COMMANDS[name]
+        try:
+            app.command(name)(getattr(import_module(module), name))
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] in {"cloud", "edge_agent", "export"}:
+                raise
+            if wanted:
+                sys.exit(f"fleet-cloud: error: {name} needs {error.name}: install voltwatch[{extra}]")
+    if wanted:
+        app.callback()(_callback)
+    try:
+        app()
+    except VoltwatchError as error:
+        print(f"fleet-cloud: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _callback() -> None:
+    """Keep `fleet-cloud NAME` a subcommand where only one is registered."""
+
+
+if __name__ == "__main__":
+    main()
