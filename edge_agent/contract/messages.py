@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from edge_agent.contract.errors import MessageError, NewerMajorError
@@ -192,12 +193,21 @@ _TYPE_OF = {kind: name for name, kind in EVENT_TYPES.items()}
 T = TypeVar("T")
 Versioned = TypeVar("Versioned", Status, Current, Ack)
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})", re.ASCII)
-_encoder = msgspec.json.Encoder(order="deterministic")
+
+
+def _plain(value: Any) -> Any:
+    """Turn a numpy scalar into Python's own number; anything else is our own mistake."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise NotImplementedError(f"{type(value).__name__} cannot stand in a message")
+
+
+_encoder = msgspec.json.Encoder(order="deterministic", enc_hook=_plain)
 
 
 def encode(message: msgspec.Struct) -> bytes:
     """Encode one message as JSON. Raises `ValueError` when a number in it is not finite: that is our own fault."""
-    _refuse_not_finite(msgspec.to_builtins(message, builtin_types=(msgspec.Raw,)), "")
+    _refuse_not_finite(msgspec.to_builtins(message, builtin_types=(msgspec.Raw,), enc_hook=_plain), "")
     return _encoder.encode(message)
 
 
