@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.messages import Severity, Transition
+from edge_agent.contract.messages import Severity, Stratum, Transition
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -60,7 +60,7 @@ class Scored:
 
     window: Window
     scores: Scores
-    stratum: str
+    stratum: Stratum
 
 
 @dataclass(frozen=True, slots=True)
