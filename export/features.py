@@ -52,7 +52,11 @@ PROBE_STATISTICS = (
     "probes.max_rise_c_per_s",
     "probes.max_rise_30s_c_per_s",
 )
-EXPORTER_WARNINGS = (".*legacy TorchScript-based ONNX export", "The feature will be removed")  # known: docs/adr/0040
+EXPORTER_WARNINGS = (  # known, and why they do not matter here: docs/adr/0040
+    (DeprecationWarning, ".*legacy TorchScript-based ONNX export"),
+    (DeprecationWarning, "The feature will be removed"),
+    (UserWarning, "Exporting a model to ONNX with a batch_size other than 1"),
+)
 State = dict[str, Float32Array]
 
 
@@ -332,8 +336,8 @@ def export_module(
     """Run torch's legacy exporter. The dynamo one leaves some LSTM sizes unquantized in silence (docs/adr/0040)."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        for text in EXPORTER_WARNINGS:
-            warnings.filterwarnings("ignore", message=text, category=DeprecationWarning)
+        for category, text in EXPORTER_WARNINGS:
+            warnings.filterwarnings("ignore", message=text, category=category)
         torch.onnx.export(
             module.eval(),
             arguments,
