@@ -1,0 +1,131 @@
+"""From a topic and a payload to what the store is to do with it. Pure.
+
+Only the topic's vehicle id is trusted: a payload that names another one is refused. A newer major version is parked
+raw. Whatever else cannot be used is refused with a reason that counts are kept under. Nothing here raises.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from cloud.store.items import CurrentItem, EventItem, Item, ParkItem, RefusedItem, StatusItem
+from cloud.store.writing import SERVER_STREAM
+from edge_agent.contract import messages, topics
+from edge_agent.contract.errors import MessageError, NewerMajorError
+from edge_agent.contract.messages import Alert, DriftCounts, Event, EventData, Loss, ReplaySummary, Status
+from edge_agent.contract.topics import Topic
+
+SUBSCRIPTIONS = tuple(topics.subscription(kind) for kind in ("alert", "notice", "drift", "status", "current"))
+_CARRIES: dict[str, tuple[type, ...]] = {"alert": (Alert,), "notice": (Loss, ReplaySummary), "drift": (DriftCounts,)}
+_MAX_TIME = 40  # characters of a time, as the envelope allows
+_MAX_COUNT = 2**62  # what a 64-bit column holds, with room
+
+
+class _RefusedError(Exception):
+    """Why a message that decodes is refused all the same; never leaves this module."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def decide(topic: str, payload: bytes, *, retained: bool = False) -> Item:
+    """Decide about one message. `retained`: the broker had kept it, so it says nothing about now."""
+    try:
+        parsed = topics.parse(topic)
+    except MessageError as error:
+        return RefusedItem("topic", topic, str(error), payload)
+    try:
+        return _understand(parsed, topic, payload, retained=retained)
+    except NewerMajorError:
+        return ParkItem(parsed.vehicle_id, topic, payload)
+    except MessageError as error:
+        reason = "oversize" if len(payload) > messages.MAX_MESSAGE_BYTES else "malformed"
+        return RefusedItem(reason, topic, str(error), payload)
+    except _RefusedError as error:
+        return RefusedItem(error.reason, topic, str(error), payload)
+
+
+def ack_keys(items: Iterable[Item]) -> dict[tuple[str, str], list[int]]:
+    """Group what a vehicle is to be told by (vehicle, stream): every event of the batch, duplicates too.
+
+    Parked and refused messages are not among them: the vehicle keeps what this release did not take.
+    """
+    keys: dict[tuple[str, str], list[int]] = {}
+    for item in items:
+        if isinstance(item, EventItem):
+            keys.setdefault((item.vehicle_id, item.envelope.streamid), []).append(item.envelope.seq)
+    return keys
+
+
+def _understand(parsed: Topic, topic: str, payload: bytes, *, retained: bool) -> Item:
+    if parsed.kind in _CARRIES:
+        envelope, data = messages.decode_event(payload, parsed.vehicle_id)
+        _check_event(parsed, envelope, data)
+        kept = data if isinstance(data, Alert | Loss) else None
+        return EventItem(parsed.vehicle_id, topic, envelope, kept, payload)
+    if parsed.kind == "status":
+        if not payload:  # somebody removed the retained status: the vehicle's row stays as it is
+            raise _RefusedError("empty_status", "an empty status says nothing")
+        status = messages.decode_status(payload)
+        _check_status(status)
+        return StatusItem(parsed.vehicle_id, status, retained)
+    if parsed.kind == "current":
+        return _current(parsed, payload)
+    raise _RefusedError("unexpected", f"the collector does not read {parsed.kind!r}")
+
+
+def _current(parsed: Topic, payload: bytes) -> CurrentItem:
+    if not payload:
+        return CurrentItem(parsed.vehicle_id, parsed.leaf, None, payload)
+    current = messages.decode_current(payload)
+    if current.failure_type != parsed.leaf:
+        raise _RefusedError("mismatch", f"failure type {current.failure_type!a} does not match its topic")
+    _check_text(current.alert_id)
+    return CurrentItem(parsed.vehicle_id, parsed.leaf, current, payload)
+
+
+def _check_event(parsed: Topic, envelope: Event, data: EventData) -> None:
+    if not isinstance(data, _CARRIES[parsed.kind]):
+        raise _RefusedError("mismatch", f"an event of type {envelope.type!a} does not belong on a {parsed.kind} topic")
+    if envelope.streamid == SERVER_STREAM:
+        raise _RefusedError("reserved_stream", f"stream {SERVER_STREAM!r} is the server's own")
+    _check_text(envelope.id, envelope.streamid, envelope.time, envelope.bootid, envelope.type)
+    if isinstance(data, Alert):
+        if data.failure_type != parsed.leaf:
+            raise _RefusedError("mismatch", f"failure type {data.failure_type!a} does not match its topic")
+        _check_text(data.alert_id, data.rule, data.model_name)
+        _check_time(data.since)
+        _check_count(data.model_release)
+    elif isinstance(data, Loss):
+        _check_text(data.stream_id, data.stream, data.reason)
+        _check_count(data.count)
+
+
+def _check_status(status: Status) -> None:
+    for name in ("make", "source", "model_name", "model_sha256", "last_arrival"):
+        text = getattr(status, name)
+        if isinstance(text, str):
+            if len(text) > 512:
+                raise _RefusedError("malformed", f"status: {name} of {len(text)} characters; 512 are enough")
+            _check_text(text)
+    if status.model_release is not msgspec.UNSET:
+        _check_count(status.model_release)
+
+
+def _check_time(text: str) -> None:
+    if len(text) > _MAX_TIME:
+        raise _RefusedError("malformed", f"a time of {len(text)} characters; {_MAX_TIME} are enough")
+    _check_text(text)
+
+
+def _check_text(*texts: str) -> None:
+    """Refuse control characters in what becomes a column, a log line or a page; PostgreSQL cannot even store NUL."""
+    for text in texts:
+        if not text.isprintable():
+            raise _RefusedError("malformed", f"text with characters that cannot be shown: {text[:80]!a}")
+
+
+def _check_count(number: int | None) -> None:
+    if number is not None and not 0 <= number <= _MAX_COUNT:
+        raise _RefusedError("malformed", f"number {str(number)[:40]} is outside 0 to {_MAX_COUNT}")

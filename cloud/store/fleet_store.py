@@ -1,0 +1,92 @@
+"""The store as the rest of the cloud sees it: open it, commit a batch, read a page.
+
+A commit that returned survives SIGKILL and power loss. One that raised `StoreAwayError` may be tried again with the
+same items: nothing is stored twice. Nothing here retries by itself; who calls knows how long to wait.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from cloud.store import connect, reading, writing
+from cloud.store.items import Item, PipelineState, TelemetryCommit, Written
+from cloud.store.migrate import migrate
+from edge_agent.contract.errors import UnavailableError
+
+
+class StoreAwayError(UnavailableError):
+    """The store is locked, full or unreachable; the same call may succeed later."""
+
+
+class FleetStore:
+    """One store over one engine. Every method raises `StoreAwayError` when the store cannot be used now."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self.name = connect.store_name(engine)
+        self.dialect = engine.dialect.name
+
+    @classmethod
+    def over(cls, url: str) -> "FleetStore":
+        """Make a store over a database URL without touching the database. Raises `ConfigError` for a wrong URL."""
+        return cls(connect.open_engine(url))
+
+    async def prepare(self) -> None:
+        """Create or upgrade the tables. Raises `ConfigError` when a newer release has been here."""
+        with self._away():
+            await migrate(self.engine)
+
+    async def commit(self, items: Sequence[Item], *, received_at_s: float) -> Written:
+        """Store a batch in one transaction."""
+        async with self._writing() as connection:
+            return await writing.write(connection, items, received_at_s)
+
+    async def commit_telemetry(self, step: TelemetryCommit, *, received_at_s: float) -> Written:
+        """Store one step of a server-side pipeline: its events, its state and the vehicle's row, or nothing."""
+        async with self._writing() as connection:
+            return await writing.write_telemetry(connection, step, received_at_s)
+
+    async def pipeline_state(self, vehicle_id: str) -> PipelineState | None:
+        """Return what the server-side pipeline of a vehicle continues from."""
+        async with self.reading() as connection:
+            return await reading.pipeline_state(connection, vehicle_id)
+
+    async def check(self) -> None:
+        """Ask the store for one row."""
+        async with self.reading() as connection:
+            await connection.execute(sa.text("SELECT 1"))
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """Open a connection that sees one state of the store; hand it to the functions of `reading`."""
+        with self._away():
+            async with self.engine.connect() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[AsyncConnection]:
+        with self._away():
+            async with self.engine.connect() as connection:
+                await connection.execution_options(**connect.WRITE)
+                async with connection.begin():
+                    yield connection
+
+    @contextlib.contextmanager
+    def _away(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, TimeoutError, sa.exc.SQLAlchemyError) as error:
+            if connect.is_away(error):
+                raise StoreAwayError(f"store {self.name}: {_short(error)}") from error
+            raise
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()
+
+
+def _short(error: BaseException) -> str:
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]

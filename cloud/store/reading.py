@@ -1,0 +1,99 @@
+"""The statements that read, for the API: pages by cursor, each with a limit, never the whole table."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from cloud.store import tables
+from cloud.store.items import PipelineState
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AlertFilter:
+    """Which alerts; None means any. `since_s` is by arrival here, Unix seconds: a vehicle's clock may be anything."""
+
+    vehicle_id: str | None = None
+    failure_type: str | None = None
+    severity: str | None = None
+    state: str | None = None  # raised, escalated, cleared; or open, which is the first two
+    origin: str | None = None
+    since_s: float | None = None
+
+
+async def vehicles(connection: AsyncConnection, *, after: str | None, limit: int) -> list[Row]:
+    """Return up to `limit` vehicles in the order of their ids, beginning behind `after`."""
+    query = sa.select(tables.vehicle).order_by(tables.vehicle.c.vehicle_id).limit(limit)
+    if after is not None:
+        query = query.where(tables.vehicle.c.vehicle_id > after)
+    return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def open_alerts(connection: AsyncConnection, vehicle_ids: list[str], *, per_vehicle: int = 20) -> list[Row]:
+    """Return the alerts of these vehicles that are not cleared, newest arrival first, so many a vehicle at most."""
+    alert = tables.alert.c
+    place = sa.func.row_number().over(partition_by=alert.vehicle_id, order_by=alert.ingest_id.desc()).label("place")
+    ranked = (
+        sa.select(alert.vehicle_id, alert.alert_id, alert.failure_type, alert.severity, alert.state, alert.origin,
+                  alert.since, alert.ingest_id, place)
+        .where(alert.vehicle_id.in_(vehicle_ids), alert.state != "cleared")
+        .subquery()
+    )  # fmt: skip
+    query = sa.select(ranked).where(ranked.c.place <= per_vehicle).order_by(ranked.c.ingest_id.desc())
+    return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def alerts(connection: AsyncConnection, wanted: AlertFilter, *, before: int | None, limit: int) -> list[Row]:
+    """Return up to `limit` alerts, newest arrival first, beginning behind ingest id `before`."""
+    alert = tables.alert.c
+    query = sa.select(tables.alert).order_by(alert.ingest_id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(alert.ingest_id < before)
+    for name in ("vehicle_id", "failure_type", "severity", "origin"):
+        value = getattr(wanted, name)
+        if value is not None:
+            query = query.where(alert[name] == value)
+    if wanted.state == "open":
+        query = query.where(alert.state != "cleared")
+    elif wanted.state is not None:
+        query = query.where(alert.state == wanted.state)
+    if wanted.since_s is not None:
+        query = query.where(alert.received_at_s >= wanted.since_s)
+    return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def pipeline_state(connection: AsyncConnection, vehicle_id: str) -> PipelineState | None:
+    """Return what the server-side pipeline of a vehicle continues from."""
+    state = tables.pipeline_state.c
+    row = (
+        await connection.execute(sa.select(tables.pipeline_state).where(state.vehicle_id == vehicle_id))
+    ).first()  # fmt: skip
+    if row is None:
+        return None
+    return PipelineState(row.make, row.period_s, row.cells, row.probes, bytes(row.snapshot))
+
+
+async def refused(connection: AsyncConnection) -> list[Row]:
+    """Return the counts of refused messages by reason, with the last example of each."""
+    query = sa.select(tables.refused).order_by(tables.refused.c.count.desc()).limit(50)
+    return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def newest_ingest_id(connection: AsyncConnection) -> int:
+    """Return the id of the newest event, 0 for an empty store; cheap at any size, unlike a count."""
+    return await connection.scalar(sa.select(sa.func.max(tables.event.c.ingest_id))) or 0
+
+
+async def parked_count(connection: AsyncConnection) -> int:
+    """Return how many messages of a newer major version are kept."""
+    return await connection.scalar(sa.select(sa.func.count()).select_from(tables.parked)) or 0
+
+
+async def loss_totals(connection: AsyncConnection) -> tuple[int, int]:
+    """Return (records, messages) that vehicles said they lost."""
+    count = sa.func.coalesce(sa.func.sum(tables.loss.c.count), 0)
+    row = (await connection.execute(sa.select(sa.func.count(), count).select_from(tables.loss))).one()
+    return int(row[0]), int(row[1])
