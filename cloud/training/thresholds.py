@@ -1,0 +1,191 @@
+"""`thresholds.json`: three stated policies, each measured on the validation vehicles with the int8 heads graph.
+
+precision_80         the lowest threshold whose flagged windows are right in 80 % of cases (at validation prevalence:
+                     80 % at 30 % prevalence is 9 % at 1 %, so the prevalence is written beside it)
+percentile_95        the 95th percentile of healthy windows: 5 % of healthy windows are over it, by construction
+false_alarm_budget   the lowest threshold whose alerts on healthy vehicles, through the decision's k-of-n, stay within a
+                     number of episodes per vehicle-month. Where the failing vehicles leave room above it, the middle
+                     (in log-odds) of that room is taken: on the edge of what a few vehicles showed, the next healthy
+                     one would be over it
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cloud.training.config import ThresholdPolicies
+from cloud.training.dataset import Windows
+from cloud.training.events import alerts, false_alarms, healthy_months, hold_against, k_of_n
+from cloud.training.failure import FAILURE, targets
+from cloud.training.labels import Episode
+from cloud.training.scoring import HeadScores
+from edge_agent.contract.bundle import Policy, Thresholds, TypeThreshold
+from edge_agent.contract.signals import FAILURE_TYPES, FloatArray
+from edge_agent.contract.topics import ANOMALY
+
+PROBABILITY_LIMITS = (0.02, 0.98)  # below, everything alerts; above, float32 and calibration have no say any more
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One head's values [W] on the validation windows, with what is true, and whether it is a probability."""
+
+    name: str
+    value: FloatArray
+    positive: npt.NDArray[np.bool_]
+    used: npt.NDArray[np.bool_]
+    failure_type: str | None
+    probability: bool = True
+
+
+def scored_heads(windows: Windows, scores: HeadScores, trained: tuple[str, ...]) -> list[Scored]:
+    """Return the heads that were trained, with their truths on these windows."""
+    heads: list[Scored] = []
+    positive, used = targets(windows, FAILURE)
+    if scores.failure is not None and FAILURE in trained:
+        heads.append(Scored(FAILURE, scores.failure, positive, used, None))
+    for index, name in enumerate(FAILURE_TYPES):
+        if scores.types is not None and name in trained:
+            heads.append(Scored(name, scores.types[:, index], *targets(windows, name), failure_type=name))
+    if scores.anomaly is not None:
+        heads.append(Scored(ANOMALY, scores.anomaly, positive, used, None, probability=False))
+    return heads
+
+
+def choose_thresholds(
+    windows: Windows, heads: list[Scored], episodes: dict[str, list[Episode]], config: ThresholdPolicies
+) -> Thresholds:
+    """Apply every policy to every head; what validation data cannot give (no failure at all) is left out or null."""
+    measured: dict[str, dict[str, float | None]] = {}
+    chosen: dict[str, dict[str, float | None]] = {}
+    for policy in ("precision_80", "percentile_95", "false_alarm_budget"):
+        chosen[policy], measured[policy] = {}, {"healthy_vehicle_months": healthy_months(windows)}
+        for head in heads:
+            at = _threshold(policy, head, windows, episodes, config)
+            chosen[policy][head.name] = at
+            measured[policy].update(_measure(head, at, windows, episodes, config))
+    describe = {
+        "precision_80": f"lowest threshold with a precision of {config.precision:.0%} over validation windows",
+        "percentile_95": f"{config.percentile:g}th percentile of healthy validation windows",
+        "false_alarm_budget": f"at most {config.episodes_per_vehicle_month:g} false alarm episodes per vehicle-month "
+        f"and type on healthy validation vehicles, with a margin where there is room",
+    }
+    return Thresholds(
+        active=config.active,
+        decision=config.decision,
+        policies={
+            name: Policy(
+                description=text,
+                types={
+                    head.name: TypeThreshold(raise_at=at, clear_below=at * config.clear_ratio)
+                    for head in heads
+                    if head.failure_type is not None and (at := chosen[name][head.name]) is not None
+                },
+                failure=chosen[name].get(FAILURE),
+                anomaly=chosen[name].get(ANOMALY),
+                measured=measured[name],
+            )
+            for name, text in describe.items()
+        },
+    )
+
+
+def _threshold(
+    policy: str, head: Scored, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
+) -> float | None:
+    if policy == "precision_80":
+        at = precision_threshold(head.value[head.used], head.positive[head.used], config.precision)
+    elif policy == "percentile_95":
+        healthy = head.value[windows.healthy]
+        at = float(np.percentile(healthy, config.percentile)) if len(healthy) else None
+    else:
+        at = budget_threshold(head, windows, episodes, config)
+    if at is None or not head.probability:
+        return at
+    return float(np.clip(at, *PROBABILITY_LIMITS))
+
+
+def precision_threshold(value: FloatArray, truth: npt.NDArray[np.bool_], precision: float) -> float | None:
+    """Lowest threshold at which the flagged windows are right so often; None where none is (or nothing is true)."""
+    order = np.argsort(-value, kind="stable")
+    ranked, right = value[order], np.cumsum(truth[order])
+    last = np.append(ranked[1:] != ranked[:-1], True) if len(ranked) else np.empty(0, bool)
+    fine = np.flatnonzero(last & (right / np.arange(1, len(ranked) + 1) >= precision))
+    return float(ranked[fine[-1]]) if len(fine) else None
+
+
+def budget_threshold(
+    head: Scored, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
+) -> float | None:
+    """See the module. None where there is no healthy window to count false alarms on."""
+    if not windows.healthy.any():
+        return None
+    rule = config.decision
+    within = k_of_n(windows, head.value, rule)
+    allowed = config.episodes_per_vehicle_month * healthy_months(windows)
+    # only these values change how often a healthy vehicle alerts
+    candidates = np.unique(within[windows.healthy])
+    low, high = 0, len(candidates)  # the first index that is within the budget; `high` = above all of them
+    while low < high:
+        middle = (low + high) // 2
+        at = TypeThreshold(
+            raise_at=float(candidates[middle]), clear_below=float(candidates[middle]) * config.clear_ratio
+        )
+        if len(false_alarms(alerts(windows, head.value, at, rule), windows)) <= allowed:
+            high = middle
+        else:
+            low = middle + 1
+    least = float(candidates[low]) if low < len(candidates) else float(np.nextafter(candidates[-1], np.inf))
+    reached = _reached(head, within, windows, episodes)
+    room = [value for value in reached if value > least]
+    if not head.probability:
+        return float(np.sqrt(least * min(room))) if room and least > 0 else least * 1.1
+    if not room:
+        return max(least, 0.5)
+    return _sigmoid((_logit(least) + _logit(min(room))) / 2)
+
+
+def _reached(head: Scored, within: FloatArray, windows: Windows, episodes: dict[str, list[Episode]]) -> list[float]:
+    """For each episode that the head could see: the highest threshold that would still find it."""
+    out: list[float] = []
+    for (vehicle, _), rows in windows.sequences().items():
+        for episode in episodes.get(vehicle, []):
+            if head.failure_type in {None, episode.failure_type}:
+                inside = rows[(windows.end_s[rows] >= episode.onset_s) & (windows.end_s[rows] <= episode.end_s)]
+                inside = inside[head.positive[inside]]
+                if len(inside):
+                    out.append(float(within[inside].max()))
+    return out
+
+
+def _measure(
+    head: Scored, at: float | None, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
+) -> dict[str, float | None]:
+    """Say what the threshold did on the validation vehicles, under keys `HEAD.quantity`."""
+    positive, used = head.positive, head.used
+    out: dict[str, float | None] = {f"{head.name}.prevalence": float(positive[used].mean()) if used.any() else None}
+    if at is None:
+        return out
+    found = alerts(
+        windows, head.value, TypeThreshold(raise_at=at, clear_below=at * config.clear_ratio), config.decision
+    )
+    months = healthy_months(windows)
+    flagged = (head.value >= at) & used
+    held = hold_against(found, windows, episodes, head.failure_type)
+    out[f"{head.name}.false_alarm_episodes_per_vehicle_month"] = (
+        len(false_alarms(found, windows)) / months if months else None
+    )
+    out[f"{head.name}.window_precision"] = float(positive[flagged].mean()) if flagged.any() else None
+    out[f"{head.name}.window_recall"] = float(flagged[positive].mean()) if positive.any() else None
+    out[f"{head.name}.event_recall"] = float(np.mean([f.detected for f in held])) if held else None
+    return out
+
+
+def _logit(p: float) -> float:
+    p = float(np.clip(p, 1e-6, 1 - 1e-6))
+    return float(np.log(p / (1 - p)))
+
+
+def _sigmoid(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))
