@@ -89,7 +89,8 @@ class Reason:
 class AlertChange:
     """One transition of one alert, from the decision table (origin "model") or a guard (origin "guard").
 
-    `since_s` identifies the alert together with vehicle, type and origin: it stays the same from raised to cleared.
+    `key` identifies the alert together with vehicle, type and origin: it stays the same from raised to cleared, also
+    over a restart on another timeline, where `since_s` moves with the clock.
     """
 
     time_s: float
@@ -99,6 +100,7 @@ class AlertChange:
     severity: Severity
     origin: Literal["model", "guard"]
     rule: str = ""
+    key: str = ""
     scores: Scores | None = None
     type_index: int | None = None
     windows_over_threshold: int | None = None
