@@ -74,6 +74,7 @@ class Link:
         self._maximum_packet = 0
         self._silent = False  # the connection ended for want of any answer
         self._losses_due_s = 0.0
+        self._generation = -1
         self._inbox: deque[tuple[str, int] | tuple[str, bytes]] = deque()
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
@@ -87,7 +88,7 @@ class Link:
 
     def start(self) -> None:
         """Begin to connect; never raises for a broker that is away."""
-        self._uplink.restore(self._outbox.waiting())
+        self._follow_outbox()
         for topic, payload in self._outbox.retained().items():
             self._keep(topic, payload)
         self._thread.start()
@@ -156,6 +157,7 @@ class Link:
         return nothing_to_do or time.monotonic() > self._stop_s - STOP_S / 2
 
     def _step(self) -> None:
+        self._follow_outbox()
         self._take_news()
         now_s = time.monotonic()
         if self._ready:
@@ -178,6 +180,13 @@ class Link:
         else:
             wait_s = 0.0
         self._serve(wait_s)
+
+    def _follow_outbox(self) -> None:
+        """Begin anew when the outbox had to: numbers of a file that was moved aside mean nothing in the next."""
+        if self._outbox.generation != self._generation:
+            self._generation = self._outbox.generation
+            self._uplink.renew(self._outbox.stream_ids)
+            self._uplink.restore(self._outbox.waiting())
 
     def _take_news(self) -> None:
         while self._inbox:

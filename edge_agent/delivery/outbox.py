@@ -42,7 +42,7 @@ CREATE TABLE stream (name TEXT PRIMARY KEY, stream_id TEXT NOT NULL, next_seq IN
     WITHOUT ROWID;
 CREATE TABLE message (
     stream TEXT NOT NULL, seq INTEGER NOT NULL, is_loss INTEGER NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL,
-    crc INTEGER NOT NULL, PRIMARY KEY (stream, seq));
+    crc INTEGER NOT NULL, PRIMARY KEY (stream, seq), CHECK (seq >= 1 AND stream IN ('alert', 'drift', 'sample')));
 CREATE TABLE known_key (stream TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (stream, key))
     WITHOUT ROWID;
 CREATE INDEX known_key_by_seq ON known_key (stream, seq);
@@ -54,6 +54,7 @@ CREATE TABLE quarantine (stream TEXT NOT NULL, seq INTEGER NOT NULL, topic TEXT 
     reason TEXT NOT NULL, PRIMARY KEY (stream, seq));
 PRAGMA user_version = 1;
 """
+_STATEMENTS = [statement.strip() for statement in _SCHEMA.split(";") if statement.strip()]
 
 
 class OutboxError(UnavailableError):
@@ -99,6 +100,8 @@ class Outbox:
         self._mutex = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._payload_bytes = 0
+        self.generation = 0  # counts the files made: another one has other stream ids
+        self._rotten = False  # found while in use: moved aside at the next call
         self.losses_waiting = False  # ranges that `flush_losses` would turn into records
         self.counters: Counter[str] = Counter()
         try:
@@ -131,9 +134,8 @@ class Outbox:
             raise ValueError(f"no such stream: {stream!r}")
         try:
             return self._append(stream, key, build, topic, retained or {})
-        except OutboxError as error:
-            rotten = isinstance(error.__cause__, sqlite3.Error) and _is_corrupt(error.__cause__)
-            if not rotten and (stream != "alert" or not self._open_reserve()):
+        except OutboxError:
+            if not self._rotten and (stream != "alert" or not self._open_reserve()):
                 raise
             return self._append(stream, key, build, topic, retained or {})
 
@@ -318,11 +320,15 @@ class Outbox:
                 yield self._connection
             except (sqlite3.Error, OSError) as error:
                 self._disconnect()
+                self._rotten = isinstance(error, sqlite3.Error) and _is_corrupt(error)
                 self.counters["disk_errors"] += 1
                 raise OutboxError(f"outbox {self._directory / DATABASE}: cannot {what}: {error}") from error
 
     def _connect(self) -> None:
         path = self._directory / DATABASE
+        if self._rotten:
+            self._move_aside(path)
+            self._rotten = False
         try:
             self._open(path)
         except sqlite3.DatabaseError as error:
@@ -342,13 +348,13 @@ class Outbox:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA journal_size_limit = 1048576")
-        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if verdict != "ok":
-            raise sqlite3.DatabaseError(f"quick_check: {verdict}")
+            raise sqlite3.DatabaseError(f"integrity_check: {verdict}")
         if db.execute("PRAGMA user_version").fetchone()[0] == 0:
             self._create(db)
         db.execute("UPDATE stream SET crc = crc WHERE false")  # a header that says "read-only" shows here
-        if not self._streams_whole(db):
+        if _written_schema(db) != _expected_schema() or not self._streams_whole(db):
             raise sqlite3.DatabaseError("its streams are not whole")
         total, rows = db.execute("SELECT coalesce(sum(length(payload)), 0), count(*) FROM message").fetchone()
         self._payload_bytes = total + rows * ROW_OVERHEAD_BYTES
@@ -356,7 +362,7 @@ class Outbox:
         self._write_stream_file(dict(db.execute("SELECT name, stream_id FROM stream")))
 
     def _streams_whole(self, db: sqlite3.Connection) -> bool:
-        """Check what quick_check cannot: every stream is there and numbers above all that it holds."""
+        """Check what integrity_check cannot: every stream is there and numbers above all that it holds."""
         rows = db.execute(
             "SELECT name, stream_id, next_seq, crc, (SELECT max(seq) FROM message WHERE stream = name) FROM stream"
         ).fetchall()
@@ -368,10 +374,10 @@ class Outbox:
     def _create(self, db: sqlite3.Connection) -> None:
         """Make an empty file; streams that an earlier file had, and that are not in it, are recorded as gone."""
         earlier = self._read_stream_file()
+        self.generation += 1
         with _transaction(db):
-            for statement in _SCHEMA.split(";"):
-                if statement.strip():
-                    db.execute(statement)
+            for statement in _STATEMENTS:
+                db.execute(statement)
             for name in STREAMS:
                 stream_id = self._wanted_ids.get(name) or str(uuid.uuid4())
                 db.execute("INSERT INTO stream VALUES (?, ?, 1, ?)", (name, stream_id, _crc(stream_id, 1)))
@@ -458,6 +464,14 @@ def _crc(*parts: str | int | bytes) -> int:
     for part in parts:
         crc = zlib.crc32(part if isinstance(part, bytes) else f"{part}\0".encode(), crc)
     return crc
+
+
+def _written_schema(db: sqlite3.Connection) -> list[str]:
+    return sorted(sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
+
+
+def _expected_schema() -> list[str]:
+    return sorted(statement for statement in _STATEMENTS if statement.startswith("CREATE"))
 
 
 def _is_corrupt(error: sqlite3.Error) -> bool:

@@ -120,10 +120,19 @@ class Uplink:
         """True when the collector has acknowledged everything."""
         return not self._messages
 
+    def renew(self, stream_ids: Mapping[str, str]) -> None:
+        """Forget every message: the outbox began a new file with other streams."""
+        self.stream_ids = dict(stream_ids)
+        for collection in (self._messages, self._newest, self._live, self._backlog, self._timers, self._suspects,
+                           self._condemned, self._in_network, self._outstanding):  # fmt: skip
+            collection.clear()
+
     def restore(self, waiting: Mapping[str, Iterable[int]]) -> None:
         """Take up what an earlier run left; it may have been sent, so an ack for it is believed."""
         for stream, seqs in waiting.items():
             for seq in seqs:
+                if (stream, seq) in self._messages:
+                    continue
                 self._add(stream, seq, _Message(live=False, maybe_sent=True))
 
     def appended(self, stream: str, seq: int) -> None:
