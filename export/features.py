@@ -56,6 +56,7 @@ EXPORTER_WARNINGS = (  # known, and why they do not matter here: docs/adr/0040
     (DeprecationWarning, ".*legacy TorchScript-based ONNX export"),
     (DeprecationWarning, "The feature will be removed"),
     (UserWarning, "Exporting a model to ONNX with a batch_size other than 1"),
+    (torch.jit.TracerWarning, "Converting a tensor to a Python boolean"),  # torch's own LSTM checks its input's width
 )
 State = dict[str, Float32Array]
 
