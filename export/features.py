@@ -53,10 +53,10 @@ PROBE_STATISTICS = (
     "probes.max_rise_30s_c_per_s",
 )
 EXPORTER_WARNINGS = (  # known, and why they do not matter here: docs/adr/0040
-    (DeprecationWarning, ".*legacy TorchScript-based ONNX export"),
-    (DeprecationWarning, "The feature will be removed"),
-    (UserWarning, "Exporting a model to ONNX with a batch_size other than 1"),
-    (torch.jit.TracerWarning, "Converting a tensor to a Python boolean"),  # torch's own LSTM checks its input's width
+    (DeprecationWarning, ".*legacy TorchScript-based ONNX export", ""),
+    (DeprecationWarning, "The feature will be removed", ""),
+    (UserWarning, "Exporting a model to ONNX with a batch_size other than 1", ""),
+    (Warning, "Converting a tensor to a Python boolean", r"torch\.nn\.modules\.rnn"),  # its check of the input's width
 )
 State = dict[str, Float32Array]
 
@@ -328,7 +328,7 @@ def export_features(graph: FeatureGraph) -> bytes:
 
 
 def export_module(
-    module: nn.Module,
+    network: nn.Module,
     arguments: tuple[Tensor, ...],
     inputs: list[str],
     outputs: list[str],
@@ -337,10 +337,10 @@ def export_module(
     """Run torch's legacy exporter. The dynamo one leaves some LSTM sizes unquantized in silence (docs/adr/0040)."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        for category, text in EXPORTER_WARNINGS:
-            warnings.filterwarnings("ignore", message=text, category=category)
+        for category, text, module in EXPORTER_WARNINGS:
+            warnings.filterwarnings("ignore", message=text, category=category, module=module)
         torch.onnx.export(
-            module.eval(),
+            network.eval(),
             arguments,
             buffer,  # type: ignore[arg-type]  # a file object is accepted where dynamo=False
             input_names=inputs,
