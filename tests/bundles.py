@@ -1,8 +1,8 @@
 """A tiny real bundle: an ONNX graph that obeys the contract of design section 4, in a directory with its manifest.
 
 Its answers can be foretold: `type_probability` of the i-th type is the share of the window in which scalar i stood
-above half of its range, `anomaly_score` the share of missing values, state `seconds` adds up `elapsed_s`. So tests steer
-it by the telemetry they feed, and what runs is onnxruntime on a file with a verified hash, nothing pretended.
+above half of its range, `anomaly_score` the share of missing values, state `seconds` adds up `elapsed_s`. So tests
+steer it by the telemetry they feed, and what runs is onnxruntime on a file with a verified hash, nothing pretended.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def build_bundle(
     decision: Decision | None = None,
     poison: bool = False,
 ) -> Path:
-    """Write a bundle into `directory` (created) and return it; `poison` makes the anomaly score 0/0 of a whole window."""
+    """Write a bundle into `directory` (created) and return it; `poison`: anomaly score 0/0 of a whole window."""
     spec = spec or WindowSpec()
     names = signals or catalogue.scalar_names
     directory.mkdir(parents=True, exist_ok=True)

@@ -53,13 +53,17 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class SignalRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one signal is filled. `invalid` are raw codes, before scaling; `min`/`max` narrow the catalogue's range."""
+    """How one signal is filled. `invalid` are raw codes, before scaling; `min`/`max` narrow the catalogue's range.
+
+    `codes` is for a status word: raw code → value; a code it does not list is no value. Scaling does not apply.
+    """
 
     column: str | None = None
     columns: str | None = None
     scale: float = 1.0
     offset: float = 0.0
     invalid: tuple[float, ...] = ()
+    codes: dict[str, float] = {}
     min: float | None = None
     max: float | None = None
 
@@ -102,6 +106,11 @@ def parse_mapping(text: bytes | str, origin: str) -> Mapping:
     for name, rule in mapping.signals.items():
         if (rule.column is None) == (rule.columns is None):
             raise ConfigError(f"mapping {origin}: [signals.{name!r}] needs exactly one of `column` and `columns`")
+        for code in rule.codes:
+            try:
+                float(code)
+            except ValueError:
+                raise ConfigError(f"mapping {origin}: [signals.{name!r}] code {code!r} is not a number") from None
     return mapping
 
 
@@ -154,7 +163,11 @@ class BoundMapping:
         pattern = rule.columns or ""
         if signal.kind == "scalar":
             raise ConfigError(f"mapping {self._origin}: {signal.name} is a scalar; give it `column`, not `columns`")
-        found = sorted((c for c in available if fnmatchcase(c, pattern)), key=_natural)
+        # a list column "cells" is there as "cells[0]", "cells[1]", …; its own name means all of them
+        found = sorted(
+            (c for c in available if fnmatchcase(c, pattern) or (c.startswith(pattern + "[") and c.endswith("]"))),
+            key=_natural,
+        )
         if not found:
             raise ConfigError(f"mapping {self._origin}: no column matches {pattern!r} (for {signal.name})")
         return tuple(found)
@@ -251,10 +264,16 @@ def _convert(raw: FloatArray, bound: _Bound, masked: Masked) -> FloatArray:
     """Scale raw values of any shape to the catalogue's unit; mask and count what is no value."""
     signal, rule = bound.signal, bound.rule
     infinite = np.isinf(raw)
-    bad_code = np.isin(raw, rule.invalid) if rule.invalid else np.zeros(raw.shape, bool)
-    value = np.where(infinite | bad_code, np.nan, raw) * rule.scale + rule.offset
+    bad_code = _is_code(raw, rule.invalid)
+    if rule.codes:
+        value = np.full(raw.shape, np.nan)
+        for raw_code, meaning in rule.codes.items():
+            value[raw == float(raw_code)] = meaning
+        bad_code |= np.isnan(value) & ~np.isnan(raw) & ~infinite
+    else:
+        value = np.where(infinite | bad_code, np.nan, raw) * rule.scale + rule.offset
     if signal.invalid:
-        code = np.isin(value, signal.invalid)
+        code = _is_code(value, signal.invalid)
         bad_code |= code
         value[code] = np.nan
     low = signal.min if rule.min is None else max(signal.min, rule.min)
@@ -265,6 +284,14 @@ def _convert(raw: FloatArray, bound: _Bound, masked: Masked) -> FloatArray:
     masked.add(signal.name, "invalid_code", int(bad_code.sum()))
     masked.add(signal.name, "out_of_range", int(outside.sum()))
     return value
+
+
+def _is_code(values: FloatArray, codes: tuple[float, ...]) -> npt.NDArray[np.bool_]:
+    """Whether each value is one of the codes; 66.535 is also what a float32 column makes of it, 66.53500366."""
+    if not codes:
+        return np.zeros(values.shape, bool)
+    with np.errstate(over="ignore"):
+        return np.isin(values, codes) | np.isin(values.astype(np.float32), np.array(codes, np.float32))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

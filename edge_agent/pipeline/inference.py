@@ -117,9 +117,10 @@ class Scorer:
         except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base but Exception
             line = str(error).splitlines()[0][:160]
             return NoScore(window.end_s, "model_failed", f"the graph failed: {line}"), state
-        features, deviation = answers["features"][0], answers["feature_deviation"][0]
         # A feature without a value has no deviation either: evidence of nothing.
-        answers["feature_deviation"] = np.where(np.isnan(features), np.float32(0), deviation)
+        answers["feature_deviation"] = np.where(
+            np.isnan(answers["features"]), np.float32(0), answers["feature_deviation"]
+        )
         for name, values in answers.items():
             bad = np.isinf(values) if name == "features" else ~np.isfinite(values)
             if bad.any():
