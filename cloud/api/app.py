@@ -1,0 +1,72 @@
+"""The ASGI application: endpoints, one error shape, and the life of the service behind them."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from cloud.api import problems, routes, stream
+from cloud.api.models import SocketError, Telemetry, TelemetryReply
+from cloud.api.problems import Problem
+from cloud.api.service import Service
+from cloud.api.settings import Settings
+
+DESCRIPTION = """Predictive maintenance for electric vehicles.
+
+Vehicles with an agent score themselves and report over MQTT. Vehicles without one send raw frames here, which are
+windowed and scored by the same code. Errors are RFC 9457 problem details; lists are paged by cursor; a number that is
+not known is null.
+
+**WebSocket `/ws/telemetry`** takes the bodies of `POST /telemetry`, one JSON message each, and answers every message in
+order with a `TelemetryReply`, or with a `SocketError` when it could not be used (the socket stays open; after 20 such
+messages in a row it is closed with 1008).
+"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Make the application; without `settings` the environment is read when it starts."""
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service = Service(settings or Settings.from_environment())
+        app.state.service = service
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPI(
+        title="Voltwatch", version=version("voltwatch"), description=DESCRIPTION, lifespan=life,
+        redirect_slashes=False, license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )  # fmt: skip
+    problems.install(app)
+    app.include_router(routes.router)
+    app.include_router(stream.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's page, with the schemas of what it does not see: bodies read by hand, the socket, the problems."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes,
+            license_info=app.license_info,
+        )  # fmt: skip
+        _, more = models_json_schema(
+            [(Telemetry, "validation"), (TelemetryReply, "serialization"), (SocketError, "serialization"),
+             (Problem, "serialization")],
+            ref_template="#/components/schemas/{model}",
+        )  # fmt: skip
+        known = schema.setdefault("components", {}).setdefault("schemas", {})
+        for name, definition in more["$defs"].items():
+            known.setdefault(name, definition)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            known.pop(unused, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

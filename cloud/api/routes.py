@@ -1,0 +1,312 @@
+"""The HTTP endpoints: read the question, ask the store or the pipeline, show the answer."""
+
+import asyncio
+import math
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.dependencies.models import Dependant
+
+from cloud.api import models
+from cloud.api.body import read_telemetry
+from cloud.api.problems import MEDIA_TYPE, FieldProblem, ProblemError
+from cloud.api.service import Service
+from cloud.store import reading
+from cloud.store.fleet_store import StoreAwayError
+from cloud.store.reading import AlertFilter, Row
+from edge_agent.contract.messages import finite
+from edge_agent.pipeline.alerts import iso
+
+HEALTH_TIMEOUT_S = 3.0  # a store that needs longer to say 1 is not well
+HTTP_SILENCE_S = 120.0  # a vehicle over HTTP has no last will: silent for longer it counts as offline
+Word = Annotated[str, Query(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+Limit = Annotated[int, Query(ge=1, le=500, description="At most so many.")]
+
+
+def service(request: Request) -> Service:
+    """Return the running service."""
+    found: Service = request.app.state.service
+    return found
+
+
+def only_known_parameters(request: Request) -> None:
+    """Refuse a query parameter that this path does not have: a mistyped filter would silently show everything."""
+    known = _query_names(request.scope["route"].dependant)
+    for name in request.query_params:
+        if name not in known:
+            words = f"is not a parameter here; there {'are' if known else 'is'} {', '.join(sorted(known)) or 'none'}"
+            shown = name[:80].encode("ascii", "replace").decode()
+            raise ProblemError(422, f"{shown}: {words}", errors=[FieldProblem(field=shown, problem=words)])
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    names = {field.alias for field in dependant.query_params}
+    return names.union(*(_query_names(part) for part in dependant.dependencies))
+
+
+def _problem(description: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+
+
+AWAY: dict[int | str, dict[str, Any]] = {
+    503: _problem("The store cannot be used at the moment; try again after Retry-After seconds.")
+}
+WRONG: dict[int | str, dict[str, Any]] = {422: _problem("A parameter or field is wrong; `errors` names each.")}
+router = APIRouter(dependencies=[Depends(only_known_parameters)], responses=WRONG)
+Running = Annotated[Service, Depends(service)]
+
+
+@router.get("/", summary="Health check", tags=["service"])
+async def root() -> models.Service:
+    """Answer as long as the process runs, whatever state the store and the broker are in (`/health` tells)."""
+    return models.Service(service="voltwatch", version=version("voltwatch"), docs="/docs", health="/health")
+
+
+@router.get(
+    "/health", summary="Detailed health status", tags=["service"],
+    responses={503: {"model": models.Health, "description": "`down`: the store is away, nothing can be stored."}},
+)  # fmt: skip
+async def health(running: Running, response: Response) -> models.Health:
+    """Say how the store, the broker link and the bundle are, and count what was stored, refused, parked and lost.
+
+    200 for `ok` and `degraded` (something is missing, `problems` says what, the rest works); 503 for `down`.
+    """
+    store = models.StoreHealth(ok=False, name=running.store.name)
+    refused: list[Row] = []
+    parked, losses = 0, (0, 0)
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            if not running.store_ready:
+                await running.store.check()
+                raise StoreAwayError("its tables are not ready yet")  # noqa: TRY301
+            async with running.store.reading() as connection:
+                store.newest_ingest_id = await reading.newest_ingest_id(connection)
+                refused = await reading.refused(connection)
+                parked = await reading.parked_count(connection)
+                losses = await reading.loss_totals(connection)
+            store.ok = True
+    except StoreAwayError as error:
+        store.detail = str(error)
+    except TimeoutError:
+        store.detail = f"store {running.store.name}: no answer within {HEALTH_TIMEOUT_S:g} s"
+    broker = _broker(running)
+    bundle = _bundle(running)
+    problems = [text for text in (store.detail, broker.detail, bundle.detail) if text]
+    status: Literal["ok", "degraded", "down"] = "down" if not store.ok else "degraded" if problems else "ok"
+    response.status_code = 503 if status == "down" else 200
+    return models.Health(
+        status=status, problems=problems, version=version("voltwatch"), time=iso(running.wall()),
+        uptime_s=round(time.monotonic() - running.started_s, 3),
+        store=store, broker=broker, bundle=bundle,
+        collector=dict(running.collector.counters) if running.collector else {},
+        telemetry={**running.telemetry.counters, "sockets": running.sockets},
+        refused=[
+            models.RefusedCount(
+                reason=row["reason"], count=row["count"], last_time=iso(row["last_at_s"]),
+                last_topic=row["last_topic"], last_detail=row["last_detail"],
+            )
+            for row in refused
+        ],
+        parked=parked, losses={"records": losses[0], "messages": losses[1]},
+    )  # fmt: skip
+
+
+def _broker(running: Service) -> models.BrokerHealth:
+    if running.collector is None:
+        return models.BrokerHealth(configured=False, connected=False)
+    link = running.collector.link
+    return models.BrokerHealth(
+        configured=True,
+        connected=link.connected,
+        address=link.address,
+        protocol=link.protocol,
+        connected_since=None if link.since_s is None else iso(link.since_s),
+        detail=link.detail or running.collector.store_detail,
+    )
+
+
+def _bundle(running: Service) -> models.BundleHealth:
+    if running.bundle is None:
+        return models.BundleHealth(loaded=False, detail=running.bundle_detail)
+    manifest = running.bundle.manifest
+    return models.BundleHealth(
+        loaded=True, release=manifest.release, name=manifest.name, sha256=running.bundle.sha256,
+        heads=list(manifest.heads),
+    )  # fmt: skip
+
+
+@router.post(
+    "/telemetry", summary="Ingest frames", tags=["telemetry"], responses={
+        **AWAY, 408: _problem("The body came too slowly."),
+        413: _problem("The body or its number of frames is too large."),
+        415: _problem("The body is not declared as JSON."), 400: _problem("The connection ended before the body did."),
+    },
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {
+        "schema": {"$ref": "#/components/schemas/Telemetry"},
+        "examples": {
+            "batch": {"summary": "Several frames", "value": models.EXAMPLE_BATCH},
+            "single": {"summary": "One frame", "value": models.EXAMPLE_SINGLE},
+        },
+    }}}},
+)  # fmt: skip
+async def telemetry(request: Request, running: Running) -> models.TelemetryReply:
+    """Take raw frames of one vehicle, window and score them with the pipeline that runs on a vehicle.
+
+    The first prediction needs a whole window (300 frames at 1 Hz), then one comes every stride (60 s). Frames may come
+    in any number and order; one that comes twice counts once. Values outside a signal's range count as missing. A
+    signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like the vehicles' own.
+    """
+    return await running.telemetry.accept(await read_telemetry(request, running.settings))
+
+
+@router.get("/vehicles", summary="List vehicles", tags=["fleet"], responses={**AWAY})
+async def vehicles(
+    running: Running,
+    limit: Limit = 100,
+    cursor: Annotated[Word | None, Query(description="`next` of the page before.")] = None,
+) -> models.VehiclePage:
+    """Every vehicle ever heard of, by id: whether it is online, what scores it, its newest scores, its open alerts."""
+    async with running.store.reading() as connection:
+        rows = await reading.vehicles(connection, after=cursor, limit=limit + 1)
+        page = rows[:limit]
+        alerts = await reading.open_alerts(connection, [row["vehicle_id"] for row in page])
+    by_vehicle: dict[str, list[models.OpenAlert]] = {}
+    for alert in alerts:
+        by_vehicle.setdefault(alert["vehicle_id"], []).append(
+            models.OpenAlert(**{name: alert[name] for name in models.OpenAlert.model_fields})
+        )
+    now = running.wall()
+    return models.VehiclePage(
+        vehicles=[_vehicle(row, by_vehicle.get(row["vehicle_id"], []), now) for row in page],
+        next=page[-1]["vehicle_id"] if len(rows) > limit else None,
+    )
+
+
+def _vehicle(row: Row, open_alerts: list[models.OpenAlert], now: float) -> models.Vehicle:
+    status: dict[str, Any] = msgspec.json.decode(row["status"])
+    scores: dict[str, Any] = msgspec.json.decode(row["scores"])
+    state = row["state"]
+    if row["channel"] == "http":
+        state = "online" if now - row["last_seen_at_s"] <= HTTP_SILENCE_S else "offline"
+    return models.Vehicle(
+        vehicle_id=row["vehicle_id"], state=state, channel=row["channel"], make=row["make"], source=row["source"],
+        first_seen=iso(row["first_seen_at_s"]), last_seen=iso(row["last_seen_at_s"]), last_arrival=row["last_arrival"],
+        clock_trusted=row["clock_trusted"],
+        model=models.Model(release=row["model_release"], name=row["model_name"], sha256=row["model_sha256"]),
+        scores={name: finite(value) for name, value in scores.items()},
+        state_of_charge_percent=finite(status.get("state_of_charge_percent")),
+        problems=status.get("problems", []), counters=status.get("counters", {}), outbox=status.get("outbox", {}),
+        open_alerts=open_alerts,
+    )  # fmt: skip
+
+
+def _since(
+    since: Annotated[
+        str | None,
+        Query(
+            max_length=40, examples=["2026-03-01T00:00:00Z"],
+            description="Only what arrived at the server at or after this time: ISO 8601 (UTC if it names no zone) or "
+            "Unix seconds.",
+        ),
+    ] = None,
+) -> float | None:  # fmt: skip
+    if since is None:
+        return None
+    try:
+        seconds = float(since)
+    except ValueError:
+        try:
+            text = since.strip()
+            read = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)  # a + arrives as a space
+            seconds = (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            seconds = math.nan
+    if not math.isfinite(seconds):
+        problem = "must be an ISO 8601 time, as 2026-03-01T00:00:00Z, or Unix seconds"
+        raise ProblemError(422, f"since: {problem}", errors=[FieldProblem(field="since", problem=problem)])
+    return seconds
+
+
+@router.get("/alerts", summary="View recent alerts", tags=["fleet"], responses={**AWAY})
+async def alerts(
+    *,
+    running: Running,
+    vehicle_id: Annotated[Word | None, Query(description="Only of this vehicle.", examples=["EV_001"])] = None,
+    failure_type: Annotated[Word | None, Query(examples=["inverter_overheating"])] = None,
+    severity: Annotated[Literal["low", "medium", "high", "critical"] | None, Query()] = None,
+    state: Annotated[
+        Literal["open", "raised", "escalated", "cleared"] | None, Query(description="open = raised or escalated.")
+    ] = None,
+    origin: Annotated[Literal["model", "guard"] | None, Query(description="A model's head, or a fixed rule.")] = None,
+    since: Annotated[float | None, Depends(_since)] = None,
+    limit: Limit = 100,
+    cursor: Annotated[int | None, Query(ge=0, le=2**62, description="`next` of the page before.")] = None,
+) -> models.AlertPage:
+    """Alerts of the fleet in the order of their arrival here, the newest first: clocks of vehicles may be wrong."""
+    wanted = AlertFilter(
+        vehicle_id=vehicle_id, failure_type=failure_type, severity=severity, state=state, origin=origin, since_s=since
+    )
+    async with running.store.reading() as connection:
+        rows = await reading.alerts(connection, wanted, before=cursor, limit=limit + 1)
+    page = rows[:limit]
+    return models.AlertPage(
+        alerts=[_alert(row) for row in page], next=str(page[-1]["ingest_id"]) if len(rows) > limit else None
+    )
+
+
+def _alert(row: Row) -> models.Alert:
+    body: dict[str, Any] = msgspec.json.decode(row["body"])
+    columns = (
+        "alert_id", "vehicle_id", "failure_type", "severity", "state", "origin", "rule", "since", "time", "ingest_id",
+        "transitions", "clock_trusted", "replayed", "model_release", "model_name",
+    )  # fmt: skip
+    shown = ("failure_probability", "type_probability", "anomaly_score", "worst_cell", "worst_cell_deviation_v")
+    fields: dict[str, Any] = {name: row[name] for name in columns} | {name: body.get(name) for name in shown}
+    evidence = [
+        models.Evidence(**{name: reason[name] for name in models.Evidence.model_fields if name in reason})
+        for reason in body.get("evidence", [])
+    ]
+    return models.Alert(
+        **fields, cleared=row["cleared_time"], received=iso(row["received_at_s"]), updated=iso(row["updated_at_s"]),
+        severity_probability=body.get("severity_probability", {}), evidence=evidence,
+    )  # fmt: skip
+
+
+@router.get("/thresholds", summary="Current thresholds", tags=["models"])
+async def thresholds(running: Running) -> models.ThresholdsOut:
+    """Return the thresholds of the bundle that scores here: the policy in force, and the other stated policies.
+
+    `precision` and `percentile` are the metrics spec's (80 % precision, 95th percentile); `false_alarm_budget` is the
+    default for alerting. Without a bundle everything is empty, and `bundle.detail` says why.
+    """
+    bundle = running.bundle
+    if bundle is None:
+        return models.ThresholdsOut(
+            bundle=_bundle(running), active=None, types={}, failure=None, anomaly=None, decision=None, policies={}
+        )
+    told = bundle.thresholds
+    policies = {
+        name: models.Policy(
+            description=policy.description, failure=finite(policy.failure), anomaly=finite(policy.anomaly),
+            types={
+                kind: models.TypeThreshold(raise_at=finite(t.raise_at), clear_below=finite(t.clear_below))
+                for kind, t in policy.types.items()
+            },
+            measured={kind: finite(value) for kind, value in policy.measured.items()},
+        )
+        for name, policy in told.policies.items()
+    }  # fmt: skip
+    active = policies[told.active]
+    rule = told.decision
+    return models.ThresholdsOut(
+        bundle=_bundle(running), active=told.active, types=active.types, failure=active.failure,
+        anomaly=active.anomaly, policies=policies,
+        decision=models.DecisionRule(k=rule.k, n=rule.n, clear_windows=rule.clear_windows, cooldown_s=rule.cooldown_s),
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Everything that lives as long as the server: store, bundle, telemetry pipelines, collector. Started and stopped here.
+
+A store or broker that is away at the start is not fatal: both are tried again, and /health says so meanwhile.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Coroutine
+
+from cloud.api.settings import Settings
+from cloud.api.telemetry import TelemetryService
+from cloud.collector.mqtt import Collector, CollectorConfig, parse_broker
+from cloud.store.fleet_store import FleetStore, StoreAwayError
+from edge_agent.contract.errors import BundleError
+from edge_agent.contract.signals import Catalogue
+from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """One running service. `start` and `stop` bracket its life; raises `ConfigError` for settings it cannot use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started_s = time.monotonic()
+        self.catalogue: Catalogue = settings.catalogue()
+        self.bundle: LoadedBundle | None = None
+        self.bundle_detail = "no bundle: guards only"
+        if settings.bundle is not None:
+            try:
+                self.bundle = load_bundle(settings.bundle, self.catalogue)
+                self.bundle_detail = ""
+            except BundleError as error:  # guards still work; /health says why there is nothing more
+                log.error("api: %s", error)  # noqa: TRY400 - one line is all there is to say
+                self.bundle_detail = f"{error}; until then guards only"
+        self.store = FleetStore.over(settings.database_url)
+        self.store_ready = False
+        self.telemetry = TelemetryService(
+            self.catalogue,
+            self.bundle,
+            self.store,
+            wall=self.wall,
+            max_vehicles_in_memory=settings.max_vehicles_in_memory,
+        )
+        self.collector: Collector | None = None
+        if settings.broker is not None:
+            host, port = parse_broker(settings.broker)
+            config = CollectorConfig(
+                host=host, port=port, username=settings.broker_username, password=settings.broker_password
+            )
+            self.collector = Collector(self.store, config, wall=self.wall)
+        self.sockets = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def wall(self) -> float:
+        """Return the server's clock, Unix seconds."""
+        return time.time()
+
+    async def start(self) -> None:
+        """Prepare the store, then collect. Raises `ConfigError` when a newer release has been at the store."""
+        try:
+            await self.store.prepare()
+            self.store_ready = True
+        except StoreAwayError as error:
+            log.warning("api: %s; trying again", error)
+        self._begin(self._run(), "service")
+
+    async def stop(self) -> None:
+        """Stop collecting, save the pipelines' states, close the store."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self.telemetry.close()
+        await self.store.close()
+
+    def _begin(self, work: Coroutine[None, None, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=name))
+
+    async def _run(self) -> None:
+        while not self.store_ready:
+            await asyncio.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - jitter
+            try:
+                await self.store.prepare()
+                self.store_ready = True
+            except StoreAwayError as error:
+                log.debug("api: %s", error)
+        while self.collector is not None:
+            try:
+                await self.collector.run()
+            except Exception:
+                log.exception("api: the collector stopped by a fault of its own; starting it again")
+                self.collector.counters["crashes"] += 1
+            await asyncio.sleep(1)
