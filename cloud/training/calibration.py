@@ -1,4 +1,4 @@
-"""From a booster's raw margin to a probability one may believe, fitted on validation vehicles.
+"""From a booster's raw margin to a probability one may believe, fitted on vehicles the booster has not seen.
 
 The default is Platt's sigmoid: a demo fleet has a handful of failing validation vehicles, and isotonic regression on so
 few gives steps at exactly 0 and 1, which say "certain" after three vehicles (Niculescu-Mizil & Caruana 2005: isotonic
@@ -6,39 +6,20 @@ needs about 1000 independent points). Platt's smoothed targets count *vehicles*,
 independent witnesses. From `isotonic_min_vehicles` failing vehicles on isotonic takes over.
 """
 
-from typing import Literal
-
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cloud.training.config import Calibration
 from edge_agent.contract.signals import FloatArray
+from export.calibration import Calibrator
 
-
-class Calibrator(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One entry of `calibration.json`: sigmoid 1 / (1 + exp(-(a·margin + b))), or isotonic by interpolation of y(x)."""
-
-    method: Literal["sigmoid", "isotonic"]
-    a: float = 0.0
-    b: float = 0.0
-    x: tuple[float, ...] = ()
-    y: tuple[float, ...] = ()
-
-    def __call__(self, margin: FloatArray) -> FloatArray:
-        """Return the calibrated probability of raw margins, any shape."""
-        if self.method == "isotonic":
-            return np.interp(margin, self.x, self.y)
-        return 1.0 / (1.0 + np.exp(-np.clip(self.a * margin + self.b, -60.0, 60.0)))
-
-
-IDENTITY = Calibrator(method="sigmoid", a=1.0, b=0.0)  # the booster's own logistic, where validation shows no failure
+IDENTITY = Calibrator(method="sigmoid", a=1.0, b=0.0)  # the booster's own logistic, where nothing was there to fit
 
 
 def calibrate(
     margin: FloatArray, truth: npt.NDArray[np.bool_], vehicle: npt.NDArray[np.str_], config: Calibration
 ) -> Calibrator:
-    """Fit on [n] windows of validation vehicles. One class only: the booster's own probability stands."""
+    """Fit on [n] windows of unseen vehicles. Vehicles of one class only: the booster's own probability stands."""
     failing, sound = len(np.unique(vehicle[truth])), len(np.unique(vehicle[~truth]))
     if failing == 0 or sound == 0:
         return IDENTITY

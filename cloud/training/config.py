@@ -70,11 +70,14 @@ class LightGBM(Section, frozen=True, kw_only=True):
     lambda_l2: Annotated[float, Meta(ge=0.0)] = 5.0
     max_bin: Annotated[int, Meta(ge=7, le=255)] = 63
     threads: Count = 2
+    folds: Annotated[int, Meta(ge=2)] = 4  # of training vehicles: how many rounds, and margins of unseen vehicles
+    severity_weight: tuple[Share, Share, Share, Share] = (0.4, 0.8, 1.0, 1.0)  # of low … critical positives
     ignored_features: tuple[str, ...] = ()  # patterns; what names a vehicle or a season, not a fault
+    type_features: dict[str, tuple[str, ...]] = {}  # patterns by failure type: the part of the vehicle it shows in
 
 
 class Calibration(Section, frozen=True, kw_only=True):
-    """`auto` is isotonic from `isotonic_min_vehicles` validation vehicles with the failure on, else a sigmoid."""
+    """`auto` is isotonic from `isotonic_min_vehicles` failing vehicles on, else a sigmoid."""
 
     method: Literal["auto", "sigmoid", "isotonic"] = "auto"
     isotonic_min_vehicles: Count = 50

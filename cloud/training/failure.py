@@ -3,7 +3,7 @@
 What each learns from: positives are labelled windows; negatives are healthy windows, for a type also those of other
 visible failures. The gray zone has weight 0 (labeling_spec.txt, section 4). Every failing vehicle weighs the
 same however long it was recorded, and both classes weigh the same: a booster's margin is made a probability by
-`calibration.py`, on validation vehicles, at their prevalence.
+`calibration.py`, on vehicles it has not seen, at their prevalence.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 
-from cloud.training.calibration import Calibrator, calibrate
+from cloud.training.calibration import calibrate
 from cloud.training.config import Calibration, LightGBM
 from cloud.training.dataset import Windows
 from edge_agent.contract.signals import FAILURE_TYPES, FloatArray
+from export.calibration import Calibrator
 
 FAILURE = "failure"  # the name of the head that asks "any failure"; the others are named by their type
 BoolArray = npt.NDArray[np.bool_]
@@ -25,12 +26,13 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One trained booster with what it took: rounds kept, windows and vehicles that failed in training, validation."""
+    """One trained booster with what it took; the vehicle counts are of those that failed."""
 
     name: str
     booster: lgb.Booster
     calibrator: Calibrator
     rounds: int
+    features: int
     training_vehicles: int
     validation_vehicles: int
 
@@ -45,24 +47,37 @@ def targets(windows: Windows, name: str) -> tuple[BoolArray, BoolArray]:
     return positive, positive | other
 
 
-def balanced_weight(windows: Windows, positive: BoolArray, used: BoolArray) -> FloatArray:
-    """[W] weights: classes equal, vehicles equal within a class, mean 1 over what is used, 0 for the rest."""
+def balanced_weight(
+    windows: Windows, positive: BoolArray, used: BoolArray, severity_weight: tuple[float, ...]
+) -> FloatArray:
+    """[W] weights: classes equal, vehicles equal within a class, mean 1 over what is used, 0 for the rest.
+
+    Positives also weigh by their severity: what can barely be seen must not teach the noise around it.
+    """
+    graded = np.asarray(severity_weight)[np.clip(windows.severity_index, 0, len(severity_weight) - 1)]
     weight = np.zeros(len(windows))
-    for side in (positive & used, ~positive & used):
+    for side, importance in ((positive & used, graded), (~positive & used, np.ones(len(windows)))):
         if not side.any():
             continue
-        _, number, count = np.unique(windows.vehicle[side], return_inverse=True, return_counts=True)
-        weight[side] = 1.0 / count[number] / len(count)
+        _, number = np.unique(windows.vehicle[side], return_inverse=True)
+        total = np.bincount(number, weights=importance[side])
+        weight[side] = importance[side] / np.maximum(total[number], 1e-12) / len(total)
     scaled: FloatArray = weight * (used.sum() / max(float(weight.sum()), 1e-12))
     return scaled
 
 
-def without_ignored(features: npt.NDArray[np.float32], names: tuple[str, ...], patterns: tuple[str, ...]) -> FloatArray:
-    """Features with the ignored ones made constant: a booster cannot split on them, and the column order stays."""
-    ignored = [any(fnmatchcase(name, pattern) for pattern in patterns) for name in names]
-    out = features.astype(np.float64)
-    out[:, ignored] = 0.0
-    return out
+def usable_features(names: tuple[str, ...], config: LightGBM, head: str) -> BoolArray:
+    """[F] which features a head may split on: those of its part of the vehicle, without what names a vehicle.
+
+    With a handful of failing vehicles any of two hundred features tells these apart by chance; a bearing is not to be
+    recognised by its vehicle's isolation. A schema that none of a type's patterns fits leaves that head all features.
+    """
+    patterns = config.type_features.get(head, ())
+    if head == FAILURE:
+        patterns = tuple({p: None for group in config.type_features.values() for p in group})
+    fits = np.array([any(fnmatchcase(name, p) for p in patterns) for name in names], bool)
+    ignored = np.array([any(fnmatchcase(name, p) for p in config.ignored_features) for name in names], bool)
+    return ~ignored & (fits | ~fits.any())
 
 
 def parameters(config: LightGBM, seed: int) -> dict[str, object]:
@@ -98,47 +113,89 @@ def train_heads(
 ) -> list[Head]:
     """Train the failure predictor and every type that training vehicles show; `on_head(name)` after each.
 
-    Early stopping and calibration use validation vehicles; where these never show the failure, all rounds are kept
-    and the booster's own logistic stands in.
+    How many rounds: early stopping on the held-out vehicles of each fold, and the median of that; one or two failing
+    validation vehicles alone would decide by chance. Calibration sees the margins of validation vehicles and of each
+    fold's held-out ones: every margin comes from a booster that has not seen the vehicle.
     """
-    x_train = without_ignored(train.features, feature_names, config.ignored_features)
-    x_validation = without_ignored(validation.features, feature_names, config.ignored_features)
-    shared = parameters(config, seed)
-    # binned once for all heads; a head changes labels and weights only
-    data = lgb.Dataset(x_train, np.zeros(len(train)), params=shared, free_raw_data=False).construct()
     heads: list[Head] = []
     for name in (FAILURE, *FAILURE_TYPES):
-        positive, used = targets(train, name)
-        if not positive.any():
+        if not targets(train, name)[0].any():
             continue
-        seen, counted = targets(validation, name)
-        data.set_label(positive.astype(np.float64))
-        data.set_weight(balanced_weight(train, positive, used))
-        stopping = seen.any() and (counted & ~seen).any()
-        booster = lgb.train(
-            {**shared, "objective": "binary", "metric": "binary_logloss"},
-            data,
-            num_boost_round=config.rounds,
-            valid_sets=[
-                data.create_valid(
-                    x_validation, seen.astype(np.float64), weight=balanced_weight(validation, seen, counted)
-                )
-            ]
-            if stopping
-            else None,
-            callbacks=[lgb.early_stopping(config.early_stopping_rounds, verbose=False)] if stopping else None,
-        )
-        rounds = booster.best_iteration if stopping and booster.best_iteration > 0 else booster.current_iteration()
-        margin = np.asarray(booster.predict(x_validation, raw_score=True, num_iteration=rounds))
-        heads.append(
-            Head(
-                name=name,
-                booster=booster,
-                calibrator=calibrate(margin[counted], seen[counted], validation.vehicle[counted], calibration),
-                rounds=rounds,
-                training_vehicles=len(np.unique(train.vehicle[positive])),
-                validation_vehicles=len(np.unique(validation.vehicle[seen])),
-            )
-        )
+        columns = np.flatnonzero(usable_features(feature_names, config, name))
+        heads.append(_train_head(name, train, validation, columns, config, calibration, seed))
         on_head(name)
     return heads
+
+
+def _train_head(  # noqa: PLR0917 - one call, above
+    name: str,
+    train: Windows,
+    validation: Windows,
+    columns: npt.NDArray[np.intp],
+    config: LightGBM,
+    calibration: Calibration,
+    seed: int,
+) -> Head:
+    x_train, x_validation = _only(train.features, columns), _only(validation.features, columns)
+    positive, used = targets(train, name)
+    weight = balanced_weight(train, positive, used, config.severity_weight)
+    shared = {**parameters(config, seed), "objective": "binary", "metric": "binary_logloss"}
+
+    def dataset(rows: npt.NDArray[np.intp], reference: lgb.Dataset | None = None) -> lgb.Dataset:
+        return lgb.Dataset(
+            x_train[rows], positive[rows].astype(np.float64), weight=weight[rows], params=shared, reference=reference
+        )
+
+    fold = vehicle_folds(train, positive, config.folds, seed)
+    margin = np.full(len(train), np.nan)
+    rounds: list[int] = []
+    for number in range(config.folds):
+        inside, outside = np.flatnonzero(used & (fold != number)), np.flatnonzero(used & (fold == number))
+        if not positive[inside].any() or not positive[outside].any():
+            continue
+        data = dataset(inside)
+        booster = lgb.train(
+            shared,
+            data,
+            num_boost_round=config.rounds,
+            valid_sets=[dataset(outside, data)],
+            callbacks=[lgb.early_stopping(config.early_stopping_rounds, verbose=False)],
+        )
+        rounds.append(booster.best_iteration)
+        margin[outside] = booster.predict(x_train[outside], raw_score=True, num_iteration=booster.best_iteration)
+    # a fold whose only failing vehicle looks like none of the others stops at once; that says nothing about the rest
+    kept = max(config.rounds // 8, int(np.median(rounds))) if rounds else config.rounds // 2
+    booster = lgb.train(shared, dataset(np.flatnonzero(used)), num_boost_round=max(1, kept))
+    seen, counted = targets(validation, name)
+    unseen = np.isfinite(margin)
+    return Head(
+        name=name,
+        booster=booster,
+        calibrator=calibrate(
+            np.concatenate([margin[unseen], np.asarray(booster.predict(x_validation[counted], raw_score=True))]),
+            np.concatenate([positive[unseen], seen[counted]]),
+            np.concatenate([train.vehicle[unseen], validation.vehicle[counted]]),
+            calibration,
+        ),
+        rounds=booster.current_iteration(),
+        features=len(columns),
+        training_vehicles=len(np.unique(train.vehicle[positive])),
+        validation_vehicles=len(np.unique(validation.vehicle[seen])),
+    )
+
+
+def _only(features: npt.NDArray[np.float32], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+    """Return features with all other columns constant: a booster cannot split on them, and the order stays."""
+    out = np.zeros_like(features)
+    out[:, columns] = features[:, columns]
+    return out
+
+
+def vehicle_folds(windows: Windows, positive: BoolArray, folds: int, seed: int) -> npt.NDArray[np.int64]:
+    """[W] fold of each window: whole vehicles, failing ones dealt out evenly."""
+    random = np.random.default_rng(seed)
+    failing = set(np.unique(windows.vehicle[positive]).tolist())
+    names = np.unique(windows.vehicle).tolist()
+    order = sorted(names, key=lambda v: (v not in failing, random.random()))
+    fold = {vehicle: i % folds for i, vehicle in enumerate(order)}
+    return np.array([fold[v] for v in windows.vehicle.tolist()], np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cloud.training.config import LightGBM
 from cloud.training.dataset import Windows
-from cloud.training.failure import parameters, without_ignored
+from cloud.training.failure import FAILURE, parameters, usable_features
 from edge_agent.contract.signals import SEVERITIES, FloatArray
 
 
@@ -51,7 +51,8 @@ def _visible(
     windows: Windows, feature_names: tuple[str, ...], config: LightGBM
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     rows = windows.severity_index >= 0
-    x = without_ignored(windows.features[rows], feature_names, config.ignored_features)
+    x = windows.features[rows].astype(np.float64)
+    x[:, ~usable_features(feature_names, config, FAILURE)] = 0.0  # constant: no split, and the column order stays
     y = windows.severity_index[rows]
     share = np.bincount(y, minlength=len(SEVERITIES)) / max(1, len(y))
     weight = 1.0 / np.sqrt(np.maximum(share[y], 1e-6))

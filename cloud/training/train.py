@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 
 from cloud.training import anomaly
-from cloud.training.calibration import Calibrator
 from cloud.training.config import TrainingConfig
 from cloud.training.dataset import NORMALISATION, DatasetInfo, Windows, read_info, read_split, read_split_episodes
 from cloud.training.failure import FAILURE, Head, train_heads
@@ -28,12 +27,9 @@ from cloud.training.thresholds import choose_thresholds, scored_heads
 from edge_agent.contract.bundle import Thresholds
 from edge_agent.contract.errors import SourceError
 from edge_agent.contract.signals import FAILURE_TYPES, Catalogue
+from export.calibration import Calibrator
+from export.graph import AUTOENCODER_FILE, CALIBRATION_FILE, FAILURE_FILE, SEVERITY_FILE, TYPE_FILE
 
-FAILURE_FILE = "lgbm_failure_predictor.txt"
-TYPE_FILE = "lgbm_type_{}.txt"
-SEVERITY_FILE = "lgbm_severity_classifier.txt"
-AUTOENCODER_FILE = "lstm_ae_best.pt"
-CALIBRATION_FILE = "calibration.json"
 THRESHOLDS_FILE = "thresholds.json"
 TRAINING_FILE = "training.json"
 VERSIONS = ("voltwatch", "numpy", "lightgbm", "torch", "onnx", "onnxruntime")
@@ -163,6 +159,7 @@ def _write_record(
         "heads": {
             head.name: {
                 "rounds": head.rounds,
+                "features": head.features,
                 "training_vehicles": head.training_vehicles,
                 "validation_vehicles": head.validation_vehicles,
                 "calibration": head.calibrator.method,

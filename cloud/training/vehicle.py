@@ -2,7 +2,8 @@
 
 The windows come from the vehicle's own ingest and windower, the features from the exported feature graph run along the
 vehicle's time with the state carried: no second implementation. Some vehicles are seen more than once, as vehicles
-really report: slower, with signals missing, or with an empty model state (one just fitted). Each view is a *variant*.
+really report: slower, with signals missing, with an empty model state (one just fitted), or failing all of a sudden: a
+healthy stretch and then a stretch from long after the onset. Each view is a *variant*.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ from cloud.training.split import TRAIN
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.bundle import WindowSpec
 from edge_agent.contract.mapping import Mapping, Masked
-from edge_agent.contract.signals import Catalogue
+from edge_agent.contract.signals import SEVERITIES, Catalogue
 from edge_agent.pipeline import drift
 from edge_agent.pipeline.ingest import Ingest
 from edge_agent.pipeline.outcomes import NoScore, Window
@@ -29,7 +30,7 @@ from export.features import FeatureRunner
 
 Float32Array = npt.NDArray[np.float32]
 
-NATURAL, FRESH, DECIMATED, DROPPED = "natural", "fresh", "decimated", "dropped"
+NATURAL, FRESH, DECIMATED, DROPPED, SUDDEN = "natural", "fresh", "decimated", "dropped", "sudden"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class VehicleResult:
     golden: tuple[Window, ...]
     counters: Counter[str] = field(default_factory=Counter)
 
+
+SUDDEN_WINDOWS = 48  # of a sudden failure: about what a live trial lasts
 
 _RUNNERS: dict[str, FeatureRunner] = {}  # of this process: building the graph takes a second, a vehicle less
 
@@ -150,6 +153,9 @@ def _views(
 ) -> Iterator[tuple[str, list[Window], float]]:
     """Yield (variant, windows, share of sessions that begin with an empty state)."""
     how = task.preparation
+    sudden = _sudden(task, windows, random)
+    if sudden:
+        yield SUDDEN, sudden, 0.0
     if task.split != TRAIN:
         yield NATURAL, windows, 0.0
         yield FRESH, windows, 1.0
@@ -164,6 +170,30 @@ def _views(
         lost = random.random(len(task.catalogue.scalars)) < how.dropped_signals
         no_cells = random.random() < how.dropped_signals
         yield DROPPED, [_without(w, lost, no_cells) for w in windows], how.fresh_state_share
+
+
+def _sudden(task: VehicleTask, windows: list[Window], random: np.random.Generator) -> list[Window]:
+    """Join some healthy windows of the vehicle to a run of failing ones, as if nothing had lain between."""
+    labels = _labels(task, windows)
+    serious = np.flatnonzero(labels.severity_index >= SEVERITIES.index("medium"))
+    healthy = np.flatnonzero(labels.healthy)
+    healthy = healthy[healthy < serious[0]] if len(serious) else healthy[:0]
+    if len(healthy) < SUDDEN_WINDOWS // 4:
+        return []
+    start = int(serious[random.integers(len(serious))])
+    failing = [i for i in range(start, min(start + SUDDEN_WINDOWS, len(windows))) if labels.severity_index[i] >= 0]
+    before = healthy[: int(random.integers(SUDDEN_WINDOWS // 4, SUDDEN_WINDOWS // 2 + 1))]
+    cut = replace(windows[failing[0]], elapsed_s=task.window.stride_s)
+    return [*(windows[i] for i in before), cut, *(windows[i] for i in failing[1:])]
+
+
+def _labels(task: VehicleTask, windows: list[Window]) -> WindowLabels:
+    return label_windows(
+        np.array([w.end_s for w in windows]),
+        list(task.episodes),
+        horizon_s=task.labels.horizon_s,
+        window_length_s=task.window.length_s,
+    )
 
 
 def decimate(block: ArrivalBlock, period_s: float) -> ArrivalBlock:
@@ -202,12 +232,7 @@ def _featured(
     task: VehicleTask, variant: str, windows: list[Window], reset_share: float, random: np.random.Generator
 ) -> Rows:
     runner = feature_runner(task.catalogue, task.window, task.feature_model)
-    labels = label_windows(
-        np.array([w.end_s for w in windows]),
-        list(task.episodes),
-        horizon_s=task.labels.horizon_s,
-        window_length_s=task.window.length_s,
-    )
+    labels = _labels(task, windows)
     features = np.empty((len(windows), len(runner.feature_names)), np.float32)
     kept: list[Float32Array] = []
     has_pooled = np.zeros(len(windows), bool)
@@ -266,12 +291,7 @@ def _signal_sample(
         return empty, np.empty(0, np.str_), np.empty(0, bool)
     stride = max(1, min(task.window.frames, round(task.window.stride_s / task.window.period_s)))
     chosen = random.integers(len(windows), size=task.sample_rows)
-    healthy = label_windows(
-        np.array([w.end_s for w in windows]),
-        list(task.episodes),
-        horizon_s=task.labels.horizon_s,
-        window_length_s=task.window.length_s,
-    ).healthy
+    healthy = _labels(task, windows).healthy
     strata = {i: drift.stratum(windows[i], task.catalogue) for i in set(chosen.tolist())}
     return (
         np.stack([windows[i].values[task.window.frames - stride + random.integers(stride)] for i in chosen]),
