@@ -106,6 +106,11 @@ class Link:
         """True when the collector has acknowledged everything the link knows of."""
         return self._uplink.idle and not self._inbox and not self._outbox.losses_waiting
 
+    @property
+    def settled(self) -> bool:
+        """True when, beside `idle`, every retained topic says at the broker what it should."""
+        return self.idle and self.state == "up" and not self._retained_dirty and not self._retained_flying
+
     def stop(self, farewell: bytes | None = None) -> bool:
         """Send what waits if there is a link, say farewell on the status topic, end. False where the thread hangs.
 
@@ -117,6 +122,12 @@ class Link:
         if self._thread.ident is not None:
             self._thread.join(STOP_S + 1.0)
         return not self._thread.is_alive()
+
+    def all_counters(self) -> dict[str, int]:
+        """Return the counts of the link and of its uplink, as far as they are not zero."""
+        return {
+            name: n for counter in (self.counters, self._uplink.counters) for name, n in counter.copy().items() if n
+        }
 
     def _tell(self, news: tuple[str, int] | tuple[str, bytes]) -> None:
         self._inbox.append(news)

@@ -1,0 +1,417 @@
+"""The agent: source → pipeline → outbox → link, wired together and kept alive.
+
+Promises: an alert is on the disk before anything else is done with it; a missing or bad bundle, a broker that is away,
+a bus that is silent and a full disk each leave a running agent that says so; SIGTERM ends it in less than five seconds
+with its state saved. Decides nothing itself.
+"""
+
+import logging
+import random
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_agent import health
+from edge_agent.clock import Clock, ScaledClock, SystemClock, TimeFloor, from_iso, iso
+from edge_agent.config import Config, read_text
+from edge_agent.contract import messages, topics
+from edge_agent.contract.arrivals import ArrivalBlock
+from edge_agent.contract.errors import BundleError, ConfigError, VoltwatchError
+from edge_agent.contract.mapping import BoundMapping, parse_mapping
+from edge_agent.contract.messages import Current, Event
+from edge_agent.contract.signals import SEVERITIES, Catalogue, default_catalogue, parse_schema
+from edge_agent.delivery.mqtt import Link
+from edge_agent.delivery.outbox import STREAMS, Outbox, OutboxError
+from edge_agent.delivery.uplink import Uplink
+from edge_agent.logs import event
+from edge_agent.pipeline.alerts import alert_message
+from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
+from edge_agent.pipeline.chain import Pipeline
+from edge_agent.pipeline.outcomes import AlertChange, NoScore, Outcome, Scored
+from edge_agent.sources import can as can_source
+
+GATHER_S = 0.05  # arrivals of so long are one block: a guard's alert leaves within 0.1 s
+SNAPSHOT_S = 600.0  # of the source's time: what a crash may cost of the trend state
+STATUS_S = 30.0  # of real time, when nothing changes
+STATUS_SOONEST_S = 1.0
+RETRY_S = 5.0  # an alert that the disk refused is tried again
+
+log = logging.getLogger("voltwatch.agent")
+
+
+class Agent:
+    """One vehicle's agent. Raises `ConfigError` or `UnavailableError` for what must be right before it can start."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self.config = config
+        self.clock = clock
+        self.counters: Counter[str] = Counter()
+        self._timeline = clock.boot_id if clock.trusted_rate else f"{clock.boot_id}/{clock.monotonic():.3f}"
+        self._folder = Path(config.data_dir)
+        catalogue = load_catalogue(config.schema)
+        self._source, mapping = open_can(config, catalogue, clock.monotonic)
+        self._source_name = f"can {config.source.interface}:{config.source.channel}"
+        self.outbox = Outbox(
+            self._folder,
+            notice_topic=topics.notice(config.vehicle_id),
+            build_loss=self._loss_event,
+            max_bytes=config.outbox.max_bytes,
+        )
+        self._bundle, self._bundle_problem = _try_bundle(config, catalogue)
+        self.pipeline = self._build_pipeline(catalogue, mapping)
+        self._soc_column = catalogue.column("state_of_charge")
+        self._soc: float | None = None
+        self._floor = TimeFloor()
+        self._active: dict[str, Current] = {}
+        self._unstored: deque[AlertChange] = deque(maxlen=1000)
+        self._disk_problem = ""
+        self._retry_at_s = 0.0
+        self._snapshot_at_s = clock.monotonic() + SNAPSHOT_S
+        self._status_at_s = 0.0
+        self._status_problems: tuple[str, ...] = ()
+        self._status_wanted = True
+        self._status_sent_s = -STATUS_S
+        self._warming_said_s = clock.monotonic()
+        self._stopping = threading.Event()
+        self.link = Link(
+            config.mqtt,
+            config.vehicle_id,
+            self.outbox,
+            Uplink(self.outbox.stream_ids, STREAMS, random.SystemRandom().random),
+            client_id=f"voltwatch-{config.vehicle_id}",
+            will=health.offline(clock.boot_id),
+            on_ack=self._heard_ack,
+        )
+        self._restore()
+
+    def _build_pipeline(self, catalogue: Catalogue, mapping: BoundMapping) -> Pipeline:
+        def build(bundle: LoadedBundle | None) -> Pipeline:
+            return Pipeline(
+                catalogue,
+                vehicle_id=self.config.vehicle_id,
+                period_s=mapping.mapping.source.period_s,
+                cells=mapping.cells(),
+                probes=mapping.probes(),
+                bundle=bundle,
+                horizon_s=0.0,  # rows are stamped at receipt
+                timeline=self._timeline,
+                expected=tuple(mapping.mapping.signals),
+            )
+
+        try:
+            return build(self._bundle)
+        except BundleError as error:
+            self._bundle, self._bundle_problem = None, f"no usable bundle, guards only: {error}"
+            return build(None)
+
+    def run(self) -> None:
+        """Run until `stop`."""
+        event(
+            log, "start", vehicle=self.config.vehicle_id, source=self._source_name,
+            broker=f"{self.config.mqtt.host}:{self.config.mqtt.port}",
+            release=None if self._bundle is None else self._bundle.manifest.release,
+            model=None if self._bundle is None else self._bundle.manifest.name,
+        )  # fmt: skip
+        if self._bundle_problem:
+            event(log, "problem", level=logging.WARNING, what=self._bundle_problem)
+        self.link.start()
+        self._source.start()
+        while not self._stopping.is_set():
+            try:
+                self._step()
+            except Exception:
+                log.exception("step failed")
+                self.counters["step_failures"] += 1
+                time.sleep(0.1)
+        self._shut_down()
+
+    def stop(self) -> None:
+        """Ask it to end; may be called from a signal handler or another thread."""
+        self._stopping.set()
+
+    def _step(self) -> None:
+        block = self._source.read(GATHER_S)
+        if block is not None:
+            for outcome in self.take(block):
+                self._say(outcome)
+        self._retry_unstored()
+        now_s = self.clock.monotonic()
+        if now_s >= self._snapshot_at_s:
+            self._save()
+        self._warm(now_s)
+        self._publish_status()
+
+    def take(self, block: ArrivalBlock) -> list[Outcome]:
+        """Put one block through the pipeline and what it led to on the disk."""
+        if self._soc_column is not None:
+            known = block.scalars[:, self._soc_column]
+            known = known[np.isfinite(known)]
+            if known.size:
+                self._soc = float(known[-1])
+        outcomes = self.pipeline.push(block)
+        changes = [outcome for outcome in outcomes if isinstance(outcome, AlertChange)]
+        for change in changes:
+            self._store(change)
+        if changes:
+            self._save()  # else a crash would forget that they were raised, and raise them again
+        self._status_wanted |= bool(outcomes)
+        return outcomes
+
+    # Alerts -----------------------------------------------------------------------------------------------------
+
+    def _store(self, change: AlertChange) -> None:
+        """Put a change on the disk, or keep it in memory and say so where the disk refuses."""
+        try:
+            self._append(change)
+        except OutboxError as error:
+            self._unstored.append(change)
+            self.counters["alerts_not_stored"] += 1
+            self._disk_problem = f"alerts cannot be stored: {error}"
+            self._retry_at_s = time.monotonic() + RETRY_S
+            event(log, "problem", level=logging.ERROR, what=self._disk_problem)
+
+    def _append(self, change: AlertChange) -> None:
+        vehicle = self.config.vehicle_id
+        offset_s = self._wall_offset_s()
+        manifest = None if self._bundle is None else self._bundle.manifest
+        alert_id, event_id, alert = alert_message(change, vehicle_id=vehicle, manifest=manifest, offset_s=offset_s)
+        when = iso(change.time_s + offset_s)
+
+        def build(stream_id: str, seq: int) -> bytes:
+            return messages.encode(self._event(alert, event_id, when, stream_id, seq, subject=change.failure_type))
+
+        active = dict(self._active)
+        key = f"{change.failure_type}|{change.origin}"
+        if change.transition == "cleared":
+            active.pop(key, None)
+        else:
+            active[key] = Current(
+                alert_id=alert_id, failure_type=change.failure_type, severity=change.severity, since=alert.since,
+                time=when,
+            )  # fmt: skip
+        current = retained_current(active, change.failure_type)
+        topic = topics.current(vehicle, change.failure_type)
+        seq = self.outbox.append(
+            "alert", event_id, build, topics.alert(vehicle, change.failure_type), retained={topic: current}
+        )
+        self._active = active
+        self.link.appended("alert", seq)
+        self.link.publish_retained(topic, current)
+        event(
+            log, "alert", level=logging.WARNING, vehicle=vehicle, transition=change.transition,
+            type=change.failure_type, severity=change.severity, origin=change.origin, rule=change.rule or None,
+            probability=alert.type_probability, since=alert.since, release=alert.model_release, seq=seq, id=alert_id,
+            evidence="; ".join(_evidence(e) for e in alert.evidence) or None,
+        )  # fmt: skip
+
+    def _event(
+        self, data: messages.EventData, event_id: str, when: str, stream_id: str, seq: int, *, subject: str = ""
+    ) -> Event:
+        return messages.event(
+            data, event_id=event_id, vehicle_id=self.config.vehicle_id, time=when, stream_id=stream_id, seq=seq,
+            boot_id=self.clock.boot_id, clock_trusted=self._clock_trusted(), subject=subject,
+        )  # fmt: skip
+
+    def _loss_event(self, loss: messages.Loss, stream_id: str, seq: int) -> bytes:
+        when = iso(self.clock.wall())
+        return messages.encode(self._event(loss, f"{stream_id}/{seq}", when, stream_id, seq, subject=loss.stream))
+
+    def _retry_unstored(self) -> None:
+        if not self._unstored or time.monotonic() < self._retry_at_s:
+            return
+        waiting, self._unstored = self._unstored, deque(maxlen=1000)
+        self._disk_problem = ""
+        for change in waiting:
+            self._store(change)
+
+    # Time -------------------------------------------------------------------------------------------------------
+
+    def _wall_offset_s(self) -> float:
+        return self.clock.wall() - self.clock.monotonic()
+
+    def _clock_trusted(self) -> bool:
+        return self.clock.trusted_rate and self._floor.trusts(self.clock.wall(), self.clock.monotonic())
+
+    def _heard_ack(self, ack: messages.Ack) -> None:
+        try:
+            self._floor.heard(from_iso(ack.time), self.clock.monotonic())
+        except ValueError:
+            self.counters["acks_without_time"] += 1
+        self._status_wanted = True
+
+    # What is kept, and what is said -----------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        saved = health.load_state(self._folder)
+        vehicle = self.config.vehicle_id
+        if saved is not None:
+            self._floor.floor_s = max(self._floor.floor_s, saved.floor_s)
+            shift = health.shift_s(
+                saved, timeline=self._timeline, now_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s()
+            )
+            if self.pipeline.restore(saved.pipeline, shift_s=shift):
+                self._active = saved.active
+                event(log, "restored", vehicle=vehicle, saved=iso(saved.saved_s + saved.wall_offset_s))
+        for topic in self.outbox.retained():  # what no state stands behind any more is over
+            failure_type = topic.rsplit("/", 1)[-1]
+            self.outbox.set_retained(topic, retained_current(self._active, failure_type))
+
+    def _save(self) -> None:
+        self._snapshot_at_s = self.clock.monotonic() + SNAPSHOT_S
+        state = health.SavedState(
+            timeline=self._timeline, saved_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s(),
+            floor_s=self._floor.floor_s, active=self._active, pipeline=self.pipeline.snapshot(),
+        )  # fmt: skip
+        try:
+            health.save_state(self._folder, state)
+        except OSError as error:
+            self.counters["state_not_saved"] += 1
+            event(log, "problem", level=logging.ERROR, what=f"state not saved: {error}")
+
+    def problems(self) -> tuple[str, ...]:
+        """Everything that is wrong, in plain words."""
+        found = [self._bundle_problem, self._source.problem, self._disk_problem, self.link.problem]
+        if not self._clock_trusted():
+            found.append("clock not trusted: " + ("scaled" if not self.clock.trusted_rate else "before the known time"))
+        stale = self.pipeline.stale
+        if stale:
+            names = ", ".join(stale[:5]) + (f" and {len(stale) - 5} more" if len(stale) > 5 else "")
+            found.append(f"too few values of {names}")
+        return tuple(problem[:300] for problem in found if problem)
+
+    def status(self, *, state: str = "online") -> bytes:
+        """Return the status as it stands."""
+        last = self.pipeline.last_arrival_s
+        counters = {**self.pipeline.counters, **self._source.counters, **self.counters}
+        counters |= {f"link_{name}": n for name, n in self.link.all_counters().items()}
+        counters |= {f"outbox_{name}": n for name, n in self.outbox.counters.items()}
+        counters["values_masked"] = self._source.masked.total()
+        try:
+            waiting = self.outbox.rows_waiting()
+        except OutboxError:
+            waiting = {}
+        return health.online(
+            boot_id=self.clock.boot_id,
+            time=iso(self.clock.wall()),
+            clock_trusted=self._clock_trusted(),
+            agent_version=metadata.version("voltwatch"),
+            make=self.config.make,
+            source=self._source_name,
+            bundle=self._bundle,
+            problems=self.problems(),
+            last_arrival=None if last is None else iso(last + self._wall_offset_s()),
+            counters={name: int(n) for name, n in sorted(counters.items())},
+            outbox=waiting,
+            scores=self.pipeline.last_scores,
+            state_of_charge_percent=self._soc,
+            state=state,
+        )
+
+    def _publish_status(self) -> None:
+        """Publish when something is new, but at most once a second, and every half minute anyway."""
+        now_s = time.monotonic()
+        if now_s < self._status_sent_s + STATUS_SOONEST_S:
+            return
+        problems = self.problems()
+        if self._status_wanted or problems != self._status_problems or now_s > self._status_sent_s + STATUS_S:
+            for problem in set(problems) - set(self._status_problems) - {self.link.problem}:
+                event(log, "problem", level=logging.WARNING, what=problem)
+            self._status_wanted, self._status_problems, self._status_sent_s = False, problems, now_s
+            self.link.publish_retained(topics.status(self.config.vehicle_id), self.status())
+
+    def _warm(self, now_s: float) -> None:
+        """Say once a simulated minute how long until the first window; afterwards windows speak for themselves."""
+        if self.pipeline.last_scores is None and self._bundle is not None and now_s > self._warming_said_s + 60.0:
+            self._warming_said_s = now_s
+            event(log, "warming", vehicle=self.config.vehicle_id, seconds=round(self.pipeline.warming_s),
+                  frames=self._source.counters.get("frames_received", 0))  # fmt: skip
+
+    def _say(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Scored):
+            manifest = None if self._bundle is None else self._bundle.manifest
+            event(
+                log, "window", vehicle=self.config.vehicle_id, end=iso(outcome.window.end_s + self._wall_offset_s()),
+                stratum=outcome.stratum, coverage=outcome.window.coverage,
+                **_rounded(health.score_table(outcome.scores, manifest)),
+            )  # fmt: skip
+        elif isinstance(outcome, NoScore):
+            event(log, "no_score", vehicle=self.config.vehicle_id, end=iso(outcome.end_s + self._wall_offset_s()),
+                  reason=outcome.reason, detail=outcome.detail)  # fmt: skip
+
+    def _shut_down(self) -> None:
+        event(log, "stopping", vehicle=self.config.vehicle_id)
+        self._source.stop()
+        self._retry_at_s = 0.0
+        self._retry_unstored()
+        self._save()
+        ended = self.link.stop(self.status(state="offline"))
+        waiting = sum(self.outbox.rows_waiting().values())
+        if ended:
+            self.outbox.close()
+        event(log, "stopped", vehicle=self.config.vehicle_id, waiting=waiting, counters=msgspec.json.encode(
+            {name: n for name, n in self.pipeline.counters.items() if n}).decode())  # fmt: skip
+
+
+def run(config: Config) -> None:
+    """Run the agent until SIGTERM or SIGINT."""
+    clock: Clock = SystemClock()
+    if config.speed != 1.0:
+        clock = ScaledClock(clock, config.speed)
+    agent = Agent(config, clock)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()
+
+
+def load_catalogue(schema: str) -> Catalogue:
+    """Return the catalogue of a schema file, or the default one for "". Raises `ConfigError`."""
+    return parse_schema(read_text(Path(schema), "schema"), schema) if schema else default_catalogue()
+
+
+def open_can(
+    config: Config, catalogue: Catalogue, now: Callable[[], float]
+) -> tuple[can_source.CanSource, BoundMapping]:
+    """Prepare the CAN source of a configuration. Raises `ConfigError`."""
+    source = config.source
+    mapping = parse_mapping(read_text(Path(source.mapping), "mapping"), source.mapping)
+    if mapping.source.time is not None:
+        raise ConfigError(f"mapping {source.mapping}: a live bus has no time column; remove [source.time]")
+    database = can_source.load_database(Path(source.dbc))
+    bound = BoundMapping(mapping, catalogue, can_source.signal_names(database), source.mapping)
+    open_bus = can_source.bus_opener(source.interface, source.channel, source.bitrate, source.options)
+    return can_source.CanSource(open_bus, can_source.Decoder(database, bound.columns), bound, now), bound
+
+
+def retained_current(active: dict[str, Current], failure_type: str) -> bytes:
+    """Return what `current/{failure_type}` should say: the most severe of what is active, or nothing."""
+    of_type = [current for key, current in active.items() if key.partition("|")[0] == failure_type]
+    if not of_type:
+        return b""
+    return messages.encode(max(of_type, key=lambda current: SEVERITIES.index(current.severity)))
+
+
+def _try_bundle(config: Config, catalogue: Catalogue) -> tuple[LoadedBundle | None, str]:
+    """Load the bundle; without one the guards run alone, and the reason is said."""
+    if not config.bundle:
+        return None, "no bundle configured: guards only"
+    try:
+        return load_bundle(Path(config.bundle), catalogue, config.make), ""
+    except VoltwatchError as error:
+        return None, f"no usable bundle, guards only: {error}"
+
+
+def _rounded(table: dict[str, float | None]) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in table.items() if value is not None}
+
+
+def _evidence(evidence: messages.Evidence) -> str:
+    value = "?" if evidence.value is None else f"{evidence.value:.4g}{evidence.unit}"
+    return f"{evidence.name}={value}" + (f" (z {evidence.deviation:+.1f})" if evidence.deviation is not None else "")
