@@ -16,7 +16,7 @@ COMMANDS = {
     "evaluate": ("cloud.training.commands", "training"),
     "serve": ("cloud.api.commands", "cloud"),
     "broker": ("cloud.api.commands", "cloud"),
-    "demo": ("cloud.demo", "training"),
+    "demo": ("cloud.demo.command", "training"),
 }
 
 

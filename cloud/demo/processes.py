@@ -52,6 +52,10 @@ class Processes:
             raise UnavailableError(f"cannot start {command[0]}: {error}") from error
         self._children.append(_Child(name, process, log, handle))
 
+    def named(self, name: str) -> subprocess.Popen[bytes]:
+        """Return a child's process by its name."""
+        return next(child.process for child in self._children if child.name == name)
+
     def check(self) -> None:
         """Raise `UnavailableError` for a child that has ended, with the last line it wrote."""
         for child in self._children:

@@ -1,0 +1,194 @@
+"""The main job on real processes: simulator → CAN → agent → broker → cloud, one alert followed all the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud.demo.command import FAILING, agent_config, broker_command, went_all_the_way
+from cloud.demo.fleet_api import FleetApi
+from cloud.demo.processes import Processes, answers, free_port
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.e2e
+PYTHON = (sys.executable, "-m")
+SPEED = 60
+
+
+class Fleet:
+    """A broker and a cloud, and vehicles on request."""
+
+    def __init__(self, processes: Processes, folder: Path, bundle: Path | None, broker_kind: str = "mosquitto") -> None:
+        self.processes, self.folder, self.bundle = processes, folder, bundle
+        self.broker_port, port = free_port(), free_port()
+        self.database = folder / "fleet.db"
+        embedded = (*PYTHON, "cloud", "broker", "--port", str(self.broker_port))
+        processes.start("broker", embedded if broker_kind == "embedded" else broker_command(folder, self.broker_port))
+        processes.wait_for("no broker", lambda: answers(self.broker_port), 20)
+        with_bundle = ("--bundle", str(bundle)) if bundle else ()
+        processes.start(
+            "cloud",
+            (*PYTHON, "cloud", "serve", "--port", str(port), "--broker", f"127.0.0.1:{self.broker_port}",
+             "--database", f"sqlite:///{self.database}", *with_bundle),
+        )  # fmt: skip
+        self.api = FleetApi(port)
+        processes.wait_for("no cloud", self.api.is_up, 30)
+        processes.wait_for("no collector", self.api.collects, 30)
+
+    def vehicle(self, name: str, *drive: str) -> None:
+        """Start one simulator and its agent."""
+        folder = self.folder / name
+        folder.mkdir()
+        self.processes.start(
+            f"{name}-simulator",
+            (*PYTHON, "firmware_sim", "drive", "--vehicle", name, "--can", f"slcan-pty:{folder / 'can'}",
+             "--speed", str(SPEED), *drive),
+        )  # fmt: skip
+        self.processes.wait_for("no CAN port", (folder / "can").exists, 20)
+        config = folder / "agent.toml"
+        config.write_text(agent_config(name, folder, self.bundle or folder / "absent", self.broker_port))
+        self.processes.start(
+            f"{name}-agent", (*PYTHON, "edge_agent", "run", "--config", str(config), "--speed", str(SPEED))
+        )
+
+    def alert(self, name: str, origin: str = "model") -> dict[str, Any] | None:
+        """Return the newest alert of a vehicle with that origin."""
+        found = [a for a in self.api.alerts() if a["vehicle_id"] == name and a["origin"] == origin]
+        return found[0] if found else None
+
+    def get(self, path: str) -> dict[str, Any]:
+        """GET a path of the API."""
+        with urllib.request.urlopen(self.api.address + path, timeout=5) as answer:
+            body: dict[str, Any] = json.load(answer)
+        return body
+
+
+def test_a_fault_on_the_bus_becomes_an_alert_in_the_fleet_api(
+    processes: Processes, tmp_path: Path, bundle: Path, broker_kind: str
+) -> None:
+    fleet = Fleet(processes, tmp_path, bundle, broker_kind)
+    fleet.vehicle(FAILING, "--mode", "failure", "--fault", "motor_bearing_wear", "--fault-after", "60", "--seed", "1")
+    fleet.vehicle("EV_002", "--mode", "healthy", "--seed", "2")
+    processes.wait_for(
+        "no alert went all the way", lambda: bool(went_all_the_way(fleet.api.vehicles(), fleet.api.alerts())), 90
+    )
+    alert = fleet.alert(FAILING)
+    assert alert is not None
+    assert alert["failure_type"] == "motor_bearing_wear"
+    assert alert["severity"] in {"low", "medium", "high", "critical"}
+    assert alert["model_release"] == json.loads((bundle / "manifest.json").read_text())["release"]
+    assert alert["evidence"], "an alert says what was seen"
+    assert alert["type_probability"] > 0.5
+    assert fleet.alert("EV_002") is None, "the healthy vehicle beside it raises nothing"
+    vehicles = {v["vehicle_id"]: v for v in fleet.api.vehicles()}
+    assert vehicles.keys() == {FAILING, "EV_002"}
+    assert vehicles["EV_002"]["scores"]["failure_probability"] < 0.5
+
+
+def test_a_collector_that_was_away_still_gets_the_alert_once(
+    processes: Processes, tmp_path: Path, bundle: Path
+) -> None:
+    fleet = Fleet(processes, tmp_path, bundle)
+    cloud = processes.named("cloud")
+    os.kill(cloud.pid, signal.SIGSTOP)  # the broker is there, the collector does not answer
+    try:
+        fleet.vehicle(
+            FAILING, "--mode", "failure", "--fault", "motor_bearing_wear", "--fault-after", "1", "--seed", "3"
+        )
+        log = processes.logs / f"{FAILING}-agent.log"
+        processes.wait_for("the agent raised nothing", lambda: "transition=raised" in log.read_text(), 90)
+        time.sleep(1)
+        assert "\nack " not in log.read_text()
+    finally:
+        os.kill(cloud.pid, signal.SIGCONT)
+    processes.wait_for(
+        "no alert after the collector came back",
+        lambda: bool(went_all_the_way(fleet.api.vehicles(), fleet.api.alerts())), 60,
+    )  # fmt: skip
+    seen = [a for a in fleet.api.alerts() if a["origin"] == "model"]
+    assert len({a["alert_id"] for a in seen}) == len(seen)
+
+
+def replay(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PYTHON, "edge_agent", "replay", *words], capture_output=True, text=True, timeout=240, check=False, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(("name", "cells"), [("vehicle_a", 96), ("vehicle_b", 87)])
+def test_a_real_vehicle_is_replayed_published_and_stored_once(
+    processes: Processes, tmp_path: Path, bundle: Path, real_data: Path, name: str, cells: int
+) -> None:
+    fleet = Fleet(processes, tmp_path, bundle)
+    summary = tmp_path / "summary.json"
+    words = (
+        str(real_data / f"{name}.parquet"), "--map", f"edge_agent/mappings/{name}.toml", "--bundle", str(bundle),
+        "--alerts", str(tmp_path / "alerts.jsonl"), "--publish", "--broker", f"127.0.0.1:{fleet.broker_port}",
+        "--json", str(summary),
+    )  # fmt: skip
+    first = replay(*words)
+    assert first.returncode == 0, first.stderr
+    told = json.loads(summary.read_text())
+    assert told["windows_scored"] > 100
+    assert told["cells"] == cells, "every cell voltage is used"
+    vehicles = fleet.api.vehicles()
+    assert len(vehicles) == 1
+    before = fleet.get("/health")["store"]["newest_ingest_id"]
+    alerts = [(a["alert_id"], a["transitions"]) for a in fleet.api.alerts()]
+    lines = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
+    assert {a for a, _ in alerts} == {line["data"]["alert_id"] for line in lines}
+
+    second = replay(*words)
+    assert second.returncode == 0, second.stderr
+    assert fleet.get("/health")["store"]["newest_ingest_id"] == before, "published twice, stored once"
+    assert [(a["alert_id"], a["transitions"]) for a in fleet.api.alerts()] == alerts
+
+
+def test_the_demo_ends_with_an_alert_and_leaves_no_process(workspace: Path) -> None:
+    assert workspace.is_dir()
+    command = [*PYTHON, "cloud", "demo", "--once", "--port", str(free_port()), "--work", str(workspace)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "acknowledged to the vehicle" in run.stdout
+    left = subprocess.run(["pgrep", "-f", str(workspace / "vehicles")], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+
+
+def test_ctrl_c_ends_the_demo_and_every_process_of_it(workspace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo.log"
+    with out.open("wb") as log:
+        demo = subprocess.Popen(
+            [*PYTHON, "cloud", "demo", "--port", str(free_port()), "--work", str(workspace)],
+            stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while "vehicles drive at" not in out.read_text():
+        assert demo.poll() is None, out.read_text()
+        assert time.monotonic() < deadline, out.read_text()
+        time.sleep(0.2)
+    demo.send_signal(signal.SIGINT)
+    assert demo.wait(40) == 0, out.read_text()
+    left = subprocess.run(["pgrep", "-f", str(workspace / "vehicles")], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+    assert "Traceback" not in out.read_text()
+
+
+def test_a_port_in_use_is_one_clear_line(workspace: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words in (("demo", "--port", str(port), "--work", str(workspace)), ("serve", "--port", str(port))):
+            run = subprocess.run([*PYTHON, "cloud", *words], capture_output=True, text=True, check=False, timeout=60)
+            assert run.returncode == 69, run.stderr
+            assert f"port {port}" in run.stderr
+            assert "Traceback" not in run.stderr
