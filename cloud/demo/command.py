@@ -123,6 +123,7 @@ def broker_command(work: Path, port: int) -> tuple[str, ...]:
 
 
 def agent_config(vehicle_id: str, folder: Path, bundle: Path, broker_port: int) -> str:
+    """Return a vehicle's `agent.toml`."""
     return f"""vehicle_id = "{vehicle_id}"
 make = "sim"
 data_dir = "{folder / "data"}"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,8 +182,6 @@ def test_ctrl_c_ends_the_demo_and_every_process_of_it(workspace: Path, tmp_path:
 
 
 def test_a_port_in_use_is_one_clear_line(workspace: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
