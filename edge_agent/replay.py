@@ -296,7 +296,7 @@ class _Publisher:
                         stream_id=stream_id,
                         seq=seq,
                         subject=subject,
-                    )  # fmt: skip
+                    )
                 )
 
             outbox.append("alert", change.event_id, build, topics.alert(self._vehicle_id, subject))
