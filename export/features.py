@@ -11,25 +11,22 @@ Statistics of masked values are in `masked.py`, quantities by role in `domain.py
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
 from edge_agent.contract.bundle import StateSpec, WindowSpec
 from edge_agent.contract.signals import VECTOR_ROLES, Catalogue
+from edge_agent.pipeline.inference import session_options as session_options  # the vehicle's own, for all who run it
 from edge_agent.pipeline.outcomes import Float32Array, Window
 from export import masked, trend
 from export.domain import Frames, Quotient, load_memory, low_current, quotients, signal_means
 from export.masked import Values
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime as ort
 
 OPSET = 17  # the newest that the legacy exporter writes; its LSTM is what quantize_dynamic knows
 POOL_S = 5.0  # the autoencoder sees means of 5 s: trains six times faster than on single seconds
@@ -350,17 +347,6 @@ def export_module(
             dynamo=False,
         )
     return buffer.getvalue()
-
-
-def session_options() -> Any:
-    """One thread, no spinning, no arena: what a vehicle runs with (design section 4)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return options
 
 
 class FeatureRunner:

@@ -186,10 +186,13 @@ def _add_split(ensemble: _Ensemble, node: dict[str, Any], origin: str) -> int:
 
 def thresholds_of(booster: lgb.Booster) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return (feature, threshold) of every split: where a conversion must be tested."""
-    frame = booster.trees_to_dataframe()
-    frame = frame[frame["threshold"].notna()]
-    position = {name: i for i, name in enumerate(booster.feature_name())}
-    return (
-        np.array([position[name] for name in frame["split_feature"]], dtype=np.int64),
-        frame["threshold"].to_numpy(dtype=np.float64),
-    )
+    features: list[int] = []
+    thresholds: list[float] = []
+    pending = [tree["tree_structure"] for tree in booster.dump_model()["tree_info"]]
+    while pending:
+        node = pending.pop()
+        if "split_feature" in node:
+            features.append(int(node["split_feature"]))
+            thresholds.append(float(node["threshold"]))
+            pending += [node["left_child"], node["right_child"]]
+    return np.array(features, dtype=np.int64), np.array(thresholds, dtype=np.float64)
