@@ -161,7 +161,7 @@ async def telemetry(request: Request, running: Running) -> models.TelemetryReply
 
     The first prediction needs a whole window (300 frames at 1 Hz), then one comes every stride (60 s). Frames may come
     in any number and order; one that comes twice counts once. Values outside a signal's range count as missing. A
-    signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like the vehicles' own.
+    signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like a vehicle's own.
     """
     return await running.telemetry.accept(await read_telemetry(request, running.settings))
 

@@ -121,8 +121,10 @@ async def _touch(connection: AsyncConnection, vehicle_ids: list[str], received_a
 async def _store_events(connection: AsyncConnection, events: list[EventItem], received_at_s: float) -> int:
     if not events:
         return 0
-    unique = {item.key: item for item in reversed(events)}  # the first of each key, as the database would keep it
-    rows = [_event_row(item, received_at_s) for item in reversed(list(unique.values()))]
+    unique: dict[tuple[str, str, int], EventItem] = {}
+    for item in events:
+        unique.setdefault(item.key, item)  # the first of each, as the database would keep it
+    rows = [_event_row(item, received_at_s) for item in unique.values()]
     columns = tables.event.c
     statement = (
         insert(connection, tables.event)
