@@ -53,6 +53,7 @@ class GuardLimits:
     isolation_ohm_per_v: float = 100.0  # UN R100 5.1.3: DC
     isolation_s: float = 10.0  # monitors settle for some seconds after wake-up
     confirm_s: float = 0.5  # two arrivals closer than this are one reading
+    agree_s: float = 60.0  # two signals agree when both began within this
     forget_s: float = 120.0  # a rise not confirmed within this is forgotten
     neighbours_c: float = (
         4.0  # above the median of the other probes, or above `plausible_c`: else it came back, it rose not
@@ -243,9 +244,8 @@ class Guards:
         signs: list[_Sign] = []
         if cells.size and not np.isnan(cells).all():
             signs += self._cells(time, cells)
-        low_cell = bool(
-            (time - state.low_since_s <= self.limits.forget_s).any()
-        )  # a wire long dead agrees with nothing
+        # A wire that has long been dead agrees with nothing.
+        low_cell = bool((np.abs(time - state.low_since_s) <= self.limits.agree_s).any())
         if not np.isnan(temperatures).all():
             signs += self._rise(time, temperatures, low_cell=low_cell)
             signs += self._hot(time, temperatures, low_cell=low_cell)
@@ -368,16 +368,18 @@ class Guards:
             np.where(np.isfinite(state.rise_since_s), state.rise_since_s, -np.inf),
             np.where(np.isfinite(state.hot_since_s), state.hot_since_s, -np.inf),
         )
-        hot = bool((time - began[~np.isin(state.newest, HOT_CODES_C)] <= limits.forget_s).any())
+        hot = bool((time - began[~np.isin(state.newest, HOT_CODES_C)] <= limits.agree_s).any())
         confirmed = believed & (time - state.low_since_s >= limits.confirm_s)
-        if not (confirmed.any() or (hot and low.any())):
+        together = low & (time - state.low_since_s <= limits.agree_s) if hot else np.zeros(low.shape, bool)
+        chosen = confirmed | together
+        if not chosen.any():
             return
-        lowest = int(np.argmin(np.where(low, cells, np.inf)))
+        lowest = int(np.argmin(np.where(chosen, cells, np.inf)))
         signal = self._catalogue.role("cell_voltage")
         name = "cell_voltage" if signal is None else signal.name
         yield _Sign(
-            THERMAL, "gb38031_voltage_drop", "critical" if hot else "high", float(state.low_since_s[low].min()),
-            time + limits.clear_s,
+            THERMAL, "gb38031_voltage_drop", "critical" if together.any() else "high",
+            float(state.low_since_s[chosen].min()), time + limits.clear_s,
             (Reason(f"{name}[{lowest}]", float(cells[lowest]), unit="V"), Reason("pack median", median, unit="V")),
         )  # fmt: skip
 
@@ -401,9 +403,8 @@ class Guards:
         resistance = self._scalar(scalars, "insulation_resistance")
         if resistance is not None:
             rule = "isolation_loss"
-            known = (
-                time - state.pack_voltage_s <= limits.base_age_s and state.pack_voltage > 60.0
-            )  # UN R100: high voltage
+            # 60 V: above it UN R100 speaks of high voltage
+            known = time - state.pack_voltage_s <= limits.base_age_s and state.pack_voltage > 60.0
             bar = limits.isolation_ohm_per_v * (1.2 if rule in state.level_since_s else 1.0)
             if self._stands(rule, time, known and resistance * 1000.0 < bar * state.pack_voltage, limits.isolation_s):
                 yield self._level_sign(CHARGING, rule, "high", time, role="insulation_resistance", value=resistance)
@@ -470,7 +471,8 @@ class Guards:
         """Whether a level stands though its signal is silent: a burnt sensor does not end an alarm."""
         state = self._now
         if failure_type == THERMAL:
-            return bool(np.isfinite(state.hot_since_s).any() or np.isfinite(state.low_since_s).any())
+            hot = np.isfinite(state.hot_since_s) & ~np.isin(state.newest, HOT_CODES_C)
+            return bool(hot.any() or (np.isfinite(state.low_since_s) & (state.cell > DEAD_CELL_V)).any())
         rules = {INVERTER: ("inverter_over_temperature",), CHARGING: ("isolation_loss", "inlet_over_temperature")}
         return any(rule in state.level_since_s for rule in rules[failure_type])
 
