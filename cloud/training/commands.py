@@ -21,7 +21,7 @@ DataOption = Annotated[Path, typer.Option("--data", help="Folder that `prepare` 
 # ruff: noqa: PLC0415 - see the module's docstring
 
 
-def prepare(  # noqa: PLR0917 - typer passes them by name
+def prepare(
     config: ConfigOption = DEFAULT_CONFIG,
     source: Annotated[Path, typer.Option("--input", help="Folder with raw_frames/ and perhaps labels.parquet.")] = Path(
         "synthetic_data"

@@ -6,7 +6,7 @@ was not sampled for the autoencoder), and `dataset.json`, which says what they a
 here knows a model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -53,6 +53,13 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.end_s)
+
+    def take(self, mask: npt.NDArray[np.bool_]) -> "Windows":
+        """Return the windows that `mask` [W] selects."""
+        number = np.cumsum(mask) - 1
+        pooled = mask[self.pooled_row]
+        plain = {f.name: getattr(self, f.name)[mask] for f in fields(self) if not f.name.startswith("pooled")}
+        return Windows(**plain, pooled=self.pooled[pooled], pooled_row=number[self.pooled_row[pooled]])
 
     def sequences(self) -> dict[tuple[str, str], npt.NDArray[np.intp]]:
         """Row numbers of each (vehicle, variant), in order of time: what a decision runs along."""

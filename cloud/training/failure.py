@@ -127,7 +127,7 @@ def train_heads(
     return heads
 
 
-def _train_head(  # noqa: PLR0917 - one call, above
+def _train_head(
     name: str,
     train: Windows,
     validation: Windows,

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from export.graph import build_heads
 
 from cloud.training.dataset import Windows
 from edge_agent.contract.signals import Catalogue, FloatArray
 from export.features import session_options
+from export.graph import build_heads
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort

@@ -4,9 +4,9 @@ precision_80         the lowest threshold whose flagged windows are right in 80 
                      80 % at 30 % prevalence is 9 % at 1 %, so the prevalence is written beside it)
 percentile_95        the 95th percentile of healthy windows: 5 % of healthy windows are over it, by construction
 false_alarm_budget   the lowest threshold whose alerts on healthy vehicles, through the decision's k-of-n, stay within a
-                     number of episodes per vehicle-month. Where the failing vehicles leave room above it, the middle
-                     (in log-odds) of that room is taken: on the edge of what a few vehicles showed, the next healthy
-                     one would be over it
+                     number of episodes per vehicle-month. Where the failing vehicles leave room above it, a share of
+                     that room (in log-odds) is taken as margin: on the edge of what a few vehicles showed, the next
+                     healthy one would be over it
 """
 
 from dataclasses import dataclass
@@ -140,10 +140,10 @@ def budget_threshold(
     reached = _reached(head, within, windows, episodes)
     room = [value for value in reached if value > least]
     if not head.probability:
-        return float(np.sqrt(least * min(room))) if room and least > 0 else least * 1.1
+        return float(least * (min(room) / least) ** config.margin) if room and least > 0 else least * 1.1
     if not room:
         return max(least, 0.5)
-    return _sigmoid((_logit(least) + _logit(min(room))) / 2)
+    return _sigmoid(_logit(least) + config.margin * (_logit(min(room)) - _logit(least)))
 
 
 def _reached(head: Scored, within: FloatArray, windows: Windows, episodes: dict[str, list[Episode]]) -> list[float]:
