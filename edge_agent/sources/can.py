@@ -197,7 +197,7 @@ class CanSource:
         while not self._stopping.is_set():
             try:
                 with self._open_bus() as bus:
-                    event(log, "bus", state="open", channel=bus.channel_info)
+                    event(log, "bus", state="open")
                     self.problem, pause_s = "", REOPEN_FIRST_S
                     self._receive_from(bus)
             except (can.CanError, SourceError, OSError, ValueError, TypeError, EOFError) as error:
