@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from edge_agent.contract.bundle import WindowSpec
 from edge_agent.contract.signals import Catalogue
-from export.masked import Values, previous_index
+from export.masked import ONE, ZERO, Values, at_index, filled, previous_index
 
 LOW_CURRENT_A = 5.0  # below it real packs show 13 mV between cells, above 100 A 40 mV: compare at rest
 CURRENT_STEP_A = 2.0  # smaller steps are sensor noise, and say nothing about resistance
@@ -42,12 +42,12 @@ class Quotient(NamedTuple):
 
 
 class Frames:
-    """The fast grid by role, for one window: values [N] with presence, and what several quantities share."""
+    """The fast grid by role, for one window: values [1, N] with presence, and what several quantities share."""
 
     def __init__(self, catalogue: Catalogue, spec: WindowSpec, values: Tensor, present: Tensor, memory: Tensor) -> None:
         self._catalogue = catalogue
-        self._values = values  # [S, N]
-        self._present = present  # [S, N]
+        self._values = torch.split(values, 1)  # S of [1, N]: one node of the graph for all of them
+        self._present = torch.split(present, 1)
         self._memory = memory  # [M] see `load_memory`
         self.reach = max(1, min(spec.frames - 1, round(REACH_S / spec.period_s)))
         self.warm = (torch.arange(spec.frames) >= min(spec.frames // 4, LOAD_MEMORY_S / spec.period_s)).to(
@@ -82,14 +82,14 @@ class Frames:
         if gate is not None:
             square = square * gate
         past = torch.zeros(2, self._memory.shape[0] - 1)
-        padded = torch.cat([past, torch.stack([square, x.present])], dim=1).unsqueeze(1)  # [2, 1, M-1+N]
-        sums = F.conv1d(padded, self._memory.reshape(1, 1, -1)).squeeze(1)  # [2, N]
-        known = sums[1] > 0.01
-        mean = sums[0] / torch.where(known, sums[1], torch.ones_like(sums[1]))
-        return Values(torch.where(known, mean, torch.zeros_like(mean)), known.to(mean.dtype) * self.warm)
+        padded = torch.cat([past, torch.cat([square, x.present])], dim=1).unsqueeze(1)  # [2, 1, M-1+N]
+        total, weight = torch.split(F.conv1d(padded, self._memory.reshape(1, 1, -1)).squeeze(1), 1)
+        known = weight > 0.01
+        mean = torch.where(known, total / torch.where(known, weight, ONE), ZERO)
+        return Values(mean, known.to(mean.dtype) * self.warm)
 
     def charging(self) -> Tensor:
-        """1 where the vehicle says that it charges, by whichever of its signals exists; [N]."""
+        """1 where the vehicle says that it charges, by whichever of its signals exists; [1, N]."""
         for role, above in (("is_charging", 0.5), ("charge_power_requested", 0.5), ("cable_connected", 0.5)):
             if self.has(role):
                 x = self(role)
@@ -114,9 +114,8 @@ def _differences(f: Frames) -> tuple[Tensor, Tensor, Tensor]:
     current, voltage = f("pack_current"), f("pack_voltage")
     both = current.present * voltage.present
     previous = previous_index(both, f.reach)
-    at = previous.clamp(min=0).to(torch.int64)
-    d_current = current.value - torch.gather(current.value, 0, at)
-    d_voltage = voltage.value - torch.gather(voltage.value, 0, at)
+    d_current = current.value - at_index(current.value, previous)
+    d_voltage = voltage.value - at_index(voltage.value, previous)
     counts = both * (previous >= 0).to(both.dtype) * (d_current.abs() > CURRENT_STEP_A).to(both.dtype)
     return d_current * counts, d_voltage * counts, counts
 
@@ -129,7 +128,7 @@ def _pack_resistance(f: Frames) -> tuple[Tensor, Tensor]:
 def _pack_resistance_25c(f: Frames) -> tuple[Tensor, Tensor]:
     d_current, d_voltage, _ = _differences(f)
     warmest = f("battery_temperature_max")
-    celsius = torch.where(warmest.present > 0, warmest.value, torch.full_like(warmest.value, 25.0)).clamp(-20.0, 35.0)
+    celsius = filled(warmest, 25.0).clamp(-20.0, 35.0)
     return d_current * d_voltage, d_current * d_current * torch.exp((25.0 - celsius) * COLD_SLOPE_PER_C)
 
 
@@ -204,7 +203,7 @@ def _battery_heating(f: Frames) -> tuple[Tensor, Tensor]:
     hottest, current = f("battery_temperature_max"), f("pack_current")
     previous = previous_index(hottest.present, f.reach)
     counts = hottest.present * (previous >= 0).to(hottest.present.dtype)
-    increment = hottest.value - torch.gather(hottest.value, 0, previous.clamp(min=0).to(torch.int64))
+    increment = hottest.value - at_index(hottest.value, previous)
     # a source that reports every 10 s leaves nine frames of ten empty: weigh by what was there
     share = current.present.mean().clamp(min=1e-3)
     return increment * counts, current.value * current.value * current.present * (1e-4 * f.period_s) / share

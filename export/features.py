@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edge_agent.contract.bundle import StateSpec, WindowSpec
 from edge_agent.contract.signals import VECTOR_ROLES, Catalogue
-from edge_agent.pipeline.inference import session_options as session_options  # the vehicle's own, for all who run it
+from edge_agent.pipeline.inference import session_options as session_options  # noqa: PLC0414 - passed on
 from edge_agent.pipeline.outcomes import Float32Array, Window
 from export import masked, trend
 from export.domain import Frames, Quotient, load_memory, low_current, quotients, signal_means
@@ -142,7 +142,7 @@ class FeatureGraph(nn.Module):
         parts = [self._statistics(x)]
 
         numerators, denominators = (
-            torch.stack(side) for side in zip(*(q.compute(frames) for q in self.quotients), strict=True)
+            torch.cat(side) for side in zip(*(q.compute(frames) for q in self.quotients), strict=True)
         )  # [Q, N]
         new = (self.age_s < elapsed - 0.5 * self.spec.period_s).to(x.value.dtype)  # [N] the newest stride
         spans = torch.stack([torch.ones_like(new), new], dim=1)  # [N, 2]
@@ -177,8 +177,8 @@ class FeatureGraph(nn.Module):
         count = x.present.sum(1)
         there = count > 0
         safe = count.clamp(min=1)
-        low = torch.where(there, masked.lowest(x, 1), torch.zeros_like(count))
-        high = torch.where(there, masked.highest(x, 1), torch.zeros_like(count))
+        low = torch.where(there, masked.lowest(x, 1), masked.ZERO)
+        high = torch.where(there, masked.highest(x, 1), masked.ZERO)
         above = (x.value - low.unsqueeze(1)) * x.present  # exact near `low`: nothing of a small spread is lost
         mean = above.sum(1) / safe
         centred = (above - mean.unsqueeze(1)) * x.present
@@ -194,9 +194,8 @@ class FeatureGraph(nn.Module):
         """Steepest rise of the pack's hottest probe over 30 s, °C/s, [1]."""
         step = max(1, min(self.spec.frames - 1, round(RISE_S / self.spec.period_s)))
         now = masked.held(hottest, min(step, self.spec.frames - 1))
-        both = now.present[step:] * now.present[:-step]
-        rise = torch.where(both > 0, now.value[step:] - now.value[:-step], torch.full_like(both, -masked.BIG))
-        most = rise.amax(0, keepdim=True)
+        both = now.present[:, step:] * now.present[:, :-step]
+        most = masked.highest(Values((now.value[:, step:] - now.value[:, :-step]) * both, both), 1)  # [1]
         return masked.or_missing(most / (step * self.spec.period_s), most > -masked.BIG / 2)
 
     def _row_weights(self, frames: Frames) -> tuple[Tensor, Tensor]:
@@ -206,13 +205,13 @@ class FeatureGraph(nn.Module):
         if frames.has("pack_current"):
             current = frames("pack_current")
             loaded = current.present * (1 - low_current(current))
-            here, over = current.present[self.row_frames], loaded[self.row_frames]
+            here, over = current.present[0, self.row_frames], loaded[0, self.row_frames]
             rest = here.amax(1) * (1 - over.amax(1))
         if frames.has("state_of_charge"):
             charge = frames("state_of_charge")
             low, high = trend.CHARGE_RANGE_PERCENT
             within = charge.present * (charge.value >= low).to(rest.dtype) * (charge.value <= high).to(rest.dtype)
-            fair = within[self.row_frames].amax(1)
+            fair = within[0, self.row_frames].amax(1)
         weight = (rest + (1 - rest) * trend.LOAD_WEIGHT) * (fair + (1 - fair) * trend.CHARGE_WEIGHT)
         return rest, weight
 
@@ -252,8 +251,8 @@ class FeatureGraph(nn.Module):
                 out.append(torch.full((), torch.nan))
                 continue
             both = probes.present[step_rows:] * probes.present[:-step_rows]
-            change = probes.value[step_rows:] - probes.value[:-step_rows]
-            most = torch.where(both > 0, change, torch.full_like(change, -masked.BIG)).amax(1).amax(0)
+            change = (probes.value[step_rows:] - probes.value[:-step_rows]) * both
+            most = masked.highest(Values(change, both), 1).amax(0)
             out.append(masked.or_missing(most / (step_rows * row_s), most > -masked.BIG / 2))
         return torch.stack(out)
 
@@ -279,11 +278,12 @@ def _frames_of_rows(spec: WindowSpec) -> Tensor:
 
 def _spread_and_lowest(deviation: Values, row_weight: Tensor) -> Tensor:
     """Mean and largest max-minus-min over rows, lowest and second lowest cell by its mean over rows; [R, C] → [4]."""
-    x = Values(deviation.value, deviation.present * row_weight.unsqueeze(1))
+    counts = row_weight.unsqueeze(1)
+    x = Values(deviation.value * counts, deviation.present * counts)
     rows = x.present.amax(1)
     spread = (masked.highest(x, 1) - masked.lowest(x, 1)) * rows
     some = rows.sum() > 0
-    cells = masked.mean(Values(x.value * x.present, x.present), 0)
+    cells = masked.mean(x, 0)
     ordered = masked.ascending(cells)
     return torch.stack(
         [

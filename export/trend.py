@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edge_agent.contract.bundle import StateSpec
-from export.masked import BIG, Values, ascending, middle, nth, or_missing, ratio
+from export.masked import BIG, ZERO, Values, ascending, filled, lowest, middle, nth, or_missing, ratio
 
 HOUR_S = 3600.0
 HORIZONS_S = (HOUR_S, 6 * HOUR_S, 24 * HOUR_S, 168 * HOUR_S)  # of observed time
@@ -50,7 +50,7 @@ def state_specs(*, cells: bool, quantities: int) -> tuple[StateSpec, ...]:
 
 def sane(state: Tensor) -> Tensor:
     """Return the state with anything that cannot be one (NaN, huge) started anew."""
-    return torch.where(state.abs() <= STATE_LIMIT, state, torch.zeros_like(state))
+    return torch.where(state.abs() <= STATE_LIMIT, state, ZERO)
 
 
 def update(state: Tensor, numerator: Tensor, denominator: Tensor, elapsed_s: Tensor, observed_s: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ def cell_values(state: Tensor) -> tuple[Values, Values]:
     """Return each cell's deviation over every horizon, and the same less its baseline; [C, K] → two of [C, H]."""
     numerator, denominator, base_numerator, base_denominator = sums(state)
     known, base_known = denominator > LEAST_WEIGHT, base_denominator > LEAST_WEIGHT
-    value = torch.where(known, numerator / denominator.clamp(min=LEAST_WEIGHT), torch.zeros_like(numerator))
+    value = torch.where(known, numerator / denominator.clamp(min=LEAST_WEIGHT), ZERO)
     base = base_numerator / base_denominator.clamp(min=LEAST_WEIGHT)
     both = known & base_known
-    change = torch.where(both, value - base, torch.zeros_like(value))
+    change = torch.where(both, value - base, ZERO)
     return Values(value, known.to(value.dtype)), Values(change, both.to(value.dtype))
 
 
@@ -98,17 +98,16 @@ def cell_features(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ordered = ascending(Values(value.value.T, value.present.T))  # [H, C]
     low = ordered[:, 0]
     second = nth(ordered, (value.present.sum(0) - 1).clamp(min=0, max=1))
-    fall = torch.where(change.present > 0, change.value, torch.full_like(change.value, BIG)).amin(0)
+    fall = lowest(change, 0)
     changed = change.present.sum(0) >= MIN_CELLS
-    gap = torch.where(enough, low - second, torch.zeros_like(low))
+    gap = torch.where(enough, low - second, ZERO)
     features = torch.cat(
         [or_missing(low, enough), or_missing(fall, changed), or_missing(gap, enough)[WORST_HORIZON : WORST_HORIZON + 1]]
     )
     at = slice(WORST_HORIZON, WORST_HORIZON + 1)
-    filled = torch.where(value.present > 0, value.value, torch.full_like(value.value, BIG))[:, at]  # [C, 1]
     named = enough[at] & (low[at] < 0)
-    worst = torch.where(named, torch.argmin(filled, dim=0), torch.full((1,), -1, dtype=torch.int64))
-    deviation = torch.where(named, low[at], torch.zeros_like(low[at]))
+    worst = torch.where(named, torch.argmin(filled(value, BIG)[:, at], dim=0), torch.full((1,), -1, dtype=torch.int64))
+    deviation = torch.where(named, low[at], ZERO)
     return features, worst, deviation
 
 
@@ -139,4 +138,4 @@ def median_deviation(cells: Values) -> Values:
     count = cells.present.sum(1)
     median = middle(ascending(cells), count)
     there = cells.present * (count >= MIN_CELLS).to(count.dtype).unsqueeze(1)
-    return Values(torch.where(there > 0, cells.value - median.unsqueeze(1), torch.zeros_like(cells.value)), there)
+    return Values((cells.value - median.unsqueeze(1)) * there, there)
