@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
@@ -346,7 +347,12 @@ def export_module(
             opset_version=OPSET,
             dynamo=False,
         )
-    return buffer.getvalue()
+    model = onnx.load_from_string(buffer.getvalue())
+    # an input that nothing reads loses its type on the way (a schema without cells): say what it is
+    for i, (name, x) in enumerate(zip(inputs, arguments, strict=True)):
+        shape = [dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(x.shape)]
+        model.graph.input[i].CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    return bytes(model.SerializeToString())
 
 
 class FeatureRunner:
@@ -363,6 +369,8 @@ class FeatureRunner:
         self.pooled_frames = graph.pooled_frames
         self.model = export_features(graph) if model is None else model
         self._session = ort.InferenceSession(self.model, session_options(), providers=["CPUExecutionProvider"])
+        # the exporter drops an input that nothing reads: the vectors, where the schema has none
+        self._inputs = {i.name for i in self._session.get_inputs()}
         self._outputs = ["features", "pooled", *(f"{s.name}_out" for s in self.state_specs)]
 
     def initial_state(self, cells: int, probes: int) -> State:
@@ -371,7 +379,8 @@ class FeatureRunner:
 
     def run(self, window: Window, state: State) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], State]:
         """One window: features [F] (NaN = not known), pooled [N/5, S] (NaN = missing) and the next state."""
-        features, pooled, *following = self._session.run(self._outputs, {**graph_inputs(window), **state})
+        feed = {name: value for name, value in {**graph_inputs(window), **state}.items() if name in self._inputs}
+        features, pooled, *following = self._session.run(self._outputs, feed)
         return features[0], pooled[0], dict(zip(state, following, strict=True))
 
 
