@@ -101,7 +101,7 @@ class ThresholdPolicies(Section, frozen=True, kw_only=True):
     active: Literal["precision_80", "percentile_95", "false_alarm_budget"] = "false_alarm_budget"
     precision: Share = 0.8
     percentile: Annotated[float, Meta(gt=0.0, lt=100.0)] = 95.0
-    episodes_per_vehicle_month: Annotated[float, Meta(ge=0.0)] = 0.5  # per failure type, on healthy vehicles
+    episodes_per_vehicle_month: Annotated[float, Meta(ge=0.0)] = 0.1  # per failure type, on healthy vehicles
     margin: Share = 0.35  # of the room between healthy and failing validation vehicles, in log-odds
     clear_ratio: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.6  # of raise_at: the hysteresis
     decision: Decision = Decision()

@@ -61,6 +61,16 @@ class Windows:
         plain = {f.name: getattr(self, f.name)[mask] for f in fields(self) if not f.name.startswith("pooled")}
         return Windows(**plain, pooled=self.pooled[pooled], pooled_row=number[self.pooled_row[pooled]])
 
+    @staticmethod
+    def together(first: "Windows", second: "Windows") -> "Windows":
+        """Join two splits, which share no vehicle; the pooled windows stay behind, as joining them is dear."""
+        plain = [f.name for f in fields(Windows) if not f.name.startswith("pooled")]
+        return Windows(
+            **{name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in plain},
+            pooled=first.pooled[:0],
+            pooled_row=first.pooled_row[:0],
+        )
+
     def sequences(self) -> dict[tuple[str, str], npt.NDArray[np.intp]]:
         """Row numbers of each (vehicle, variant), in order of time: what a decision runs along."""
         keys = np.char.add(np.char.add(self.vehicle, "\n"), self.variant)

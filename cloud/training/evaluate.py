@@ -9,7 +9,7 @@ what each figure means. Numbers that the data cannot give are None; nothing is N
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -191,9 +191,8 @@ def _baselines(ground: Ground, train: Windows, datasets: Path) -> list[Contender
 def _row(contender: Contender, ground: Ground) -> dict[str, Any]:
     threshold = contender.threshold
     if threshold is None and contender.validation is not None and ground.validation.healthy.any():
-        positive, used = targets(ground.validation, contender.target)
-        head = Scored(contender.target, contender.validation, positive, used, contender.failure_type, probability=False)
-        threshold = budget_threshold(head, ground.validation, ground.validation_episodes, ground.config.thresholds)
+        head = replace(Scored.of(contender.target, ground.validation, contender.validation), probability=False)
+        threshold = budget_threshold(head, ground.validation_episodes, ground.config.thresholds)
     positive, used = targets(ground.test, contender.target)
     used = used & (ground.test.variant == NATURAL)
     row: dict[str, Any] = {

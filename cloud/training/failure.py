@@ -26,11 +26,16 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One trained booster with what it took; the vehicle counts are of those that failed."""
+    """One trained booster with what it took; the vehicle counts are of those that failed.
+
+    `unseen` [W of train]: calibrated probability of each training window by the fold's booster that has not seen its
+    vehicle; NaN where no fold could be formed.
+    """
 
     name: str
     booster: lgb.Booster
     calibrator: Calibrator
+    unseen: FloatArray
     rounds: int
     features: int
     training_vehicles: int
@@ -162,21 +167,24 @@ def _train_head(
             callbacks=[lgb.early_stopping(config.early_stopping_rounds, verbose=False)],
         )
         rounds.append(booster.best_iteration)
-        margin[outside] = booster.predict(x_train[outside], raw_score=True, num_iteration=booster.best_iteration)
+        held_out = fold == number
+        margin[held_out] = booster.predict(x_train[held_out], raw_score=True, num_iteration=booster.best_iteration)
     # a fold whose only failing vehicle looks like none of the others stops at once; that says nothing about the rest
     kept = max(config.rounds // 8, int(np.median(rounds))) if rounds else config.rounds // 2
     booster = lgb.train(shared, dataset(np.flatnonzero(used)), num_boost_round=max(1, kept))
     seen, counted = targets(validation, name)
-    unseen = np.isfinite(margin)
+    unseen = np.isfinite(margin) & used
+    calibrator = calibrate(
+        np.concatenate([margin[unseen], np.asarray(booster.predict(x_validation[counted], raw_score=True))]),
+        np.concatenate([positive[unseen], seen[counted]]),
+        np.concatenate([train.vehicle[unseen], validation.vehicle[counted]]),
+        calibration,
+    )
     return Head(
         name=name,
         booster=booster,
-        calibrator=calibrate(
-            np.concatenate([margin[unseen], np.asarray(booster.predict(x_validation[counted], raw_score=True))]),
-            np.concatenate([positive[unseen], seen[counted]]),
-            np.concatenate([train.vehicle[unseen], validation.vehicle[counted]]),
-            calibration,
-        ),
+        calibrator=calibrator,
+        unseen=calibrator(margin),
         rounds=booster.current_iteration(),
         features=len(columns),
         training_vehicles=len(np.unique(train.vehicle[positive])),

@@ -29,19 +29,21 @@ UNKNOWN = "&ndash;"
 MAX_TRACES = 12  # a fleet of hundreds must still give a page that opens
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2329; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2329; max-width: 1240px; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .sub { color: #5b6670; } .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .tile { border: 1px solid #d8dee3; border-radius: 8px; padding: .6rem 1rem; min-width: 130px; }
 .tile b { display: block; font-size: 1.35rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
-th, td { padding: .32rem .55rem; border-bottom: 1px solid #e4e8eb; text-align: right; white-space: nowrap; }
-th { background: #f4f6f8; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: .32rem .4rem; border-bottom: 1px solid #e4e8eb; text-align: right; white-space: nowrap; }
+th { background: #f4f6f8; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
 tr.group td { background: #eef3f5; font-weight: 600; text-align: left; }
 tr.random td, tr.runbook td { color: #6b757d; } tr.model td:first-child { font-weight: 600; }
 td small { color: #7b858d; display: block; font-size: 11.5px; line-height: 1.1; }
-li { margin: .25rem 0; } svg { max-width: 100%; height: auto; } .note { background: #fff8e6;
-border-left: 4px solid #e0b43c; padding: .4rem 1rem; } .legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em;
+li { margin: .25rem 0; } svg { max-width: 100%; height: auto; }
+.note { background: #fff8e6; border-left: 4px solid #e0b43c; padding: .4rem 1rem; }
+ .legend span { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 1em;
 vertical-align: -0.1em; border: 1px solid #ccc; }
 """
 
@@ -348,7 +350,10 @@ def _text(value: object) -> str:
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return UNKNOWN if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return UNKNOWN
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def _share(value: float | None) -> str:

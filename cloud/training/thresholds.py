@@ -1,4 +1,8 @@
-"""`thresholds.json`: three stated policies, each measured on the validation vehicles with the int8 heads graph.
+"""`thresholds.json`: three stated policies, each measured on vehicles that the model in question has not seen.
+
+The autoencoder's come from validation vehicles through the int8 heads graph at batch 1. The boosters' also use training
+vehicles, each scored by the fold's booster that has not seen it: a threshold taken from six healthy vehicles alone is
+wrong for the seventh, and trees answer the same in the graph as here.
 
 precision_80         the lowest threshold whose flagged windows are right in 80 % of cases (at validation prevalence:
                      80 % at 30 % prevalence is 9 % at 1 %, so the prevalence is written beside it)
@@ -17,7 +21,7 @@ import numpy.typing as npt
 from cloud.training.config import ThresholdPolicies
 from cloud.training.dataset import Windows
 from cloud.training.events import alerts, false_alarms, healthy_months, hold_against, k_of_n
-from cloud.training.failure import FAILURE, targets
+from cloud.training.failure import FAILURE, Head, targets
 from cloud.training.labels import Episode
 from cloud.training.scoring import HeadScores
 from edge_agent.contract.bundle import Policy, Thresholds, TypeThreshold
@@ -29,47 +33,57 @@ PROBABILITY_LIMITS = (0.02, 0.98)  # below, everything alerts; above, float32 an
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One head's values [W] on the validation windows, with what is true, and whether it is a probability."""
+    """One head's values [W] on windows of vehicles it has not seen, and what is true of them."""
 
     name: str
+    windows: Windows
     value: FloatArray
     positive: npt.NDArray[np.bool_]
     used: npt.NDArray[np.bool_]
     failure_type: str | None
     probability: bool = True
 
+    @classmethod
+    def of(cls, name: str, windows: Windows, value: FloatArray) -> "Scored":
+        """Take the truths of head `name` from the windows; the anomaly detector is held against any failure."""
+        positive, used = targets(windows, FAILURE if name == ANOMALY else name)
+        return cls(
+            name, windows, value, positive, used, name if name in FAILURE_TYPES else None, probability=name != ANOMALY
+        )
 
-def scored_heads(windows: Windows, scores: HeadScores, trained: tuple[str, ...]) -> list[Scored]:
-    """Return the heads that were trained, with their truths on these windows."""
-    heads: list[Scored] = []
-    positive, used = targets(windows, FAILURE)
-    if scores.failure is not None and FAILURE in trained:
-        heads.append(Scored(FAILURE, scores.failure, positive, used, None))
-    for index, name in enumerate(FAILURE_TYPES):
-        if scores.types is not None and name in trained:
-            heads.append(Scored(name, scores.types[:, index], *targets(windows, name), failure_type=name))
+
+def scored_heads(train: Windows, validation: Windows, scores: HeadScores, trained: list[Head]) -> list[Scored]:
+    """Return every head with all windows of vehicles it has not seen; `scores` are the validation windows'."""
+    found: list[Scored] = []
+    together = Windows.together(train, validation)
+    for head in trained:
+        index = None if head.name == FAILURE else FAILURE_TYPES.index(head.name)
+        answers = scores.failure if index is None else None if scores.types is None else scores.types[:, index]
+        if answers is None:
+            continue
+        value = np.concatenate([head.unseen, answers])
+        known = np.isfinite(value)
+        found.append(Scored.of(head.name, together.take(known), value[known]))
     if scores.anomaly is not None:
-        heads.append(Scored(ANOMALY, scores.anomaly, positive, used, None, probability=False))
-    return heads
+        found.append(Scored.of(ANOMALY, validation, scores.anomaly))
+    return found
 
 
-def choose_thresholds(
-    windows: Windows, heads: list[Scored], episodes: dict[str, list[Episode]], config: ThresholdPolicies
-) -> Thresholds:
-    """Apply every policy to every head; what validation data cannot give (no failure at all) is left out or null."""
+def choose_thresholds(heads: list[Scored], episodes: dict[str, list[Episode]], config: ThresholdPolicies) -> Thresholds:
+    """Apply every policy to every head; what the data cannot give (no failure at all) is left out or null."""
     measured: dict[str, dict[str, float | None]] = {}
     chosen: dict[str, dict[str, float | None]] = {}
     for policy in ("precision_80", "percentile_95", "false_alarm_budget"):
-        chosen[policy], measured[policy] = {}, {"healthy_vehicle_months": healthy_months(windows)}
+        chosen[policy], measured[policy] = {}, {}
         for head in heads:
-            at = _threshold(policy, head, windows, episodes, config)
+            at = _threshold(policy, head, episodes, config)
             chosen[policy][head.name] = at
-            measured[policy].update(_measure(head, at, windows, episodes, config))
+            measured[policy].update(_measure(head, at, episodes, config))
     describe = {
-        "precision_80": f"lowest threshold with a precision of {config.precision:.0%} over validation windows",
-        "percentile_95": f"{config.percentile:g}th percentile of healthy validation windows",
+        "precision_80": f"lowest threshold with a precision of {config.precision:.0%} over unseen windows",
+        "percentile_95": f"{config.percentile:g}th percentile of unseen healthy windows",
         "false_alarm_budget": f"at most {config.episodes_per_vehicle_month:g} false alarm episodes per vehicle-month "
-        f"and type on healthy validation vehicles, with a margin where there is room",
+        f"and type on unseen healthy vehicles, with a margin where there is room",
     }
     return Thresholds(
         active=config.active,
@@ -92,15 +106,15 @@ def choose_thresholds(
 
 
 def _threshold(
-    policy: str, head: Scored, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
+    policy: str, head: Scored, episodes: dict[str, list[Episode]], config: ThresholdPolicies
 ) -> float | None:
     if policy == "precision_80":
         at = precision_threshold(head.value[head.used], head.positive[head.used], config.precision)
     elif policy == "percentile_95":
-        healthy = head.value[windows.healthy]
+        healthy = head.value[head.windows.healthy]
         at = float(np.percentile(healthy, config.percentile)) if len(healthy) else None
     else:
-        at = budget_threshold(head, windows, episodes, config)
+        at = budget_threshold(head, episodes, config)
     if at is None or not head.probability:
         return at
     return float(np.clip(at, *PROBABILITY_LIMITS))
@@ -115,10 +129,9 @@ def precision_threshold(value: FloatArray, truth: npt.NDArray[np.bool_], precisi
     return float(ranked[fine[-1]]) if len(fine) else None
 
 
-def budget_threshold(
-    head: Scored, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
-) -> float | None:
+def budget_threshold(head: Scored, episodes: dict[str, list[Episode]], config: ThresholdPolicies) -> float | None:
     """See the module. None where there is no healthy window to count false alarms on."""
+    windows = head.windows
     if not windows.healthy.any():
         return None
     rule = config.decision
@@ -137,7 +150,7 @@ def budget_threshold(
         else:
             low = middle + 1
     least = float(candidates[low]) if low < len(candidates) else float(np.nextafter(candidates[-1], np.inf))
-    reached = _reached(head, within, windows, episodes)
+    reached = _reached(head, within, episodes)
     room = [value for value in reached if value > least]
     if not head.probability:
         return float(least * (min(room) / least) ** config.margin) if room and least > 0 else least * 1.1
@@ -146,8 +159,9 @@ def budget_threshold(
     return _sigmoid(_logit(least) + config.margin * (_logit(min(room)) - _logit(least)))
 
 
-def _reached(head: Scored, within: FloatArray, windows: Windows, episodes: dict[str, list[Episode]]) -> list[float]:
+def _reached(head: Scored, within: FloatArray, episodes: dict[str, list[Episode]]) -> list[float]:
     """For each episode that the head could see: the highest threshold that would still find it."""
+    windows = head.windows
     out: list[float] = []
     for (vehicle, _), rows in windows.sequences().items():
         for episode in episodes.get(vehicle, []):
@@ -160,11 +174,14 @@ def _reached(head: Scored, within: FloatArray, windows: Windows, episodes: dict[
 
 
 def _measure(
-    head: Scored, at: float | None, windows: Windows, episodes: dict[str, list[Episode]], config: ThresholdPolicies
+    head: Scored, at: float | None, episodes: dict[str, list[Episode]], config: ThresholdPolicies
 ) -> dict[str, float | None]:
-    """Say what the threshold did on the validation vehicles, under keys `HEAD.quantity`."""
-    positive, used = head.positive, head.used
-    out: dict[str, float | None] = {f"{head.name}.prevalence": float(positive[used].mean()) if used.any() else None}
+    """Say what the threshold did on vehicles the head has not seen, under keys `HEAD.quantity`."""
+    windows, positive, used = head.windows, head.positive, head.used
+    out: dict[str, float | None] = {
+        f"{head.name}.prevalence": float(positive[used].mean()) if used.any() else None,
+        f"{head.name}.healthy_vehicle_months": healthy_months(windows),
+    }
     if at is None:
         return out
     found = alerts(

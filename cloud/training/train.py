@@ -84,9 +84,8 @@ def train_models(
     on_step("thresholds", 0.85)
     scores = Heads(models, datasets, catalogue).score(validation)
     thresholds = choose_thresholds(
-        validation,
-        scored_heads(validation, scores, tuple(h.name for h in heads)),
-        read_split_episodes(datasets, VALIDATION),
+        scored_heads(train, validation, scores, heads),
+        read_split_episodes(datasets, TRAIN) | read_split_episodes(datasets, VALIDATION),
         config.thresholds,
     )
     (models / THRESHOLDS_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(thresholds), indent=1) + b"\n")
