@@ -224,6 +224,9 @@ class TelemetryService:
         if not len(block):
             return []
         outcomes = vehicle.pipeline.push(block)
+        if vehicle.pipeline.warming_s < vehicle.period_s:
+            # a frame is whole, unlike a value from a bus: nothing more can come for the window's last grid point
+            outcomes += vehicle.pipeline.flush()
         if vehicle.recent or vehicle.newest_s == -np.inf:
             vehicle.recent.append(block)
         vehicle.newest_s = float(block.time_s[-1])
