@@ -313,7 +313,7 @@ def export_features(graph: FeatureGraph) -> bytes:
         torch.zeros(1, spec.frames, signals),
         torch.zeros(1, spec.vector_frames, 4),
         torch.zeros(1, spec.vector_frames, 3),
-        torch.full((1,), spec.stride_s),
+        torch.full((1,), float(spec.stride_s)),
         *(torch.from_numpy(x) for x in state.values()),
     )
     outs = ["features", "pooled", *(f"{s.name}_out" for s in graph.state_specs), "worst_cell", "worst_cell_deviation_v"]
@@ -348,10 +348,11 @@ def export_module(
             dynamo=False,
         )
     model = onnx.load_from_string(buffer.getvalue())
-    # an input that nothing reads loses its type on the way (a schema without cells): say what it is
-    for i, (name, x) in enumerate(zip(inputs, arguments, strict=True)):
+    # an input that nothing reads (a schema without cells) is lost, or loses its type: say again what they are
+    del model.graph.input[:]
+    for name, x in zip(inputs, arguments, strict=True):
         shape = [dynamic.get(name, {}).get(axis, size) for axis, size in enumerate(x.shape)]
-        model.graph.input[i].CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     return bytes(model.SerializeToString())
 
 
