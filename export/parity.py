@@ -71,8 +71,10 @@ def critical_rows(booster: lgb.Booster, rows: Float32Array, seed: int) -> Float3
     feature, threshold = thresholds_of(booster)
     on = np.array([floor32(t) for t in threshold], dtype=np.float32)
     on = np.clip(on, np.finfo(np.float32).min, np.finfo(np.float32).max)  # LightGBM writes 1e300 for "all"
+    with np.errstate(over="ignore"):  # one step beyond the largest float32 is infinite, and left out below
+        beside = (np.nextafter(on, np.float32(np.inf)), np.nextafter(on, np.float32(-np.inf)))
     placed = []
-    for values in (on, np.nextafter(on, np.float32(np.inf)), np.nextafter(on, np.float32(-np.inf))):
+    for values in (on, *beside):
         block = rows[random.integers(len(rows), size=len(on))].copy()
         finite = np.isfinite(values)
         block[np.flatnonzero(finite), feature[finite]] = values[finite]
