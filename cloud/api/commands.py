@@ -62,6 +62,9 @@ def serve(
             ws_max_size=2 * settings.max_socket_message_bytes, ws_max_queue=4, server_header=False, log_config=None,
         )  # fmt: skip
         server = uvicorn.Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # uvicorn raises what it caught once more when it is done: being told to end, and ending, is success
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
         if not server.started:
             raise typer.Exit(1)

@@ -1,0 +1,56 @@
+"""The API against its own OpenAPI page: whatever a client sends, the answer is one the page describes, never a 500."""
+
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CheckFunction
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from cloud.api import create_app
+from cloud.api.settings import Settings
+from edge_agent.contract.signals import default_catalogue
+from tests.bundles import build_bundle
+
+CHECKS: list[CheckFunction] = [
+    schemathesis.checks.not_a_server_error,
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+]
+
+
+OPERATIONS = [
+    ("GET", "/"), ("GET", "/health"), ("POST", "/telemetry"), ("GET", "/vehicles"), ("GET", "/alerts"),
+    ("GET", "/thresholds"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchema:
+    folder: Path = tmp_path_factory.mktemp("api")
+    bundle = build_bundle(folder / "bundle", default_catalogue())
+    app = create_app(Settings(database_url=f"sqlite:///{folder}/v.db", bundle=bundle))
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_no_request_makes_a_500_and_every_answer_is_as_described(
+    page: schemathesis.BaseSchema, method: str, path: str
+) -> None:
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=page[path][method].as_strategy())
+    def campaign(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    campaign()
+
+
+def test_the_campaign_covers_the_whole_page(page: schemathesis.BaseSchema) -> None:
+    found = {(operation.ok().method.upper(), operation.ok().path) for operation in page.get_all_operations()}
+    assert found == set(OPERATIONS)
