@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edge_agent import health
-from edge_agent.clock import Clock, ScaledClock, SystemClock, TimeFloor, from_iso, iso
+from edge_agent.clock import Clock, ScaledClock, SystemClock, TimeFloor, from_iso
 from edge_agent.config import Config, read_text
 from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
@@ -32,7 +32,7 @@ from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox, OutboxError
 from edge_agent.delivery.uplink import Uplink
 from edge_agent.logs import event
-from edge_agent.pipeline.alerts import alert_message
+from edge_agent.pipeline.alerts import alert_message, iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
 from edge_agent.pipeline.outcomes import AlertChange, NoScore, Outcome, Scored

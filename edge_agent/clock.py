@@ -108,12 +108,6 @@ class TimeFloor:
         return wall_s >= self.floor_s - PEER_TOLERANCE_S
 
 
-def iso(unix_s: float) -> str:
-    """Return `2026-05-04T10:11:12.345Z`."""
-    stamp = datetime.fromtimestamp(round(unix_s, 3), UTC)
-    return stamp.strftime("%Y-%m-%dT%H:%M:%S.") + f"{stamp.microsecond // 1000:03d}Z"
-
-
 def from_iso(text: str) -> float:
     """Read an ISO 8601 time with a zone as Unix seconds. Raises `ValueError`."""
     stamp = datetime.fromisoformat(text)

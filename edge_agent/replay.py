@@ -24,7 +24,6 @@ import numpy as np
 
 from edge_agent import health
 from edge_agent.agent import load_catalogue, retained_current
-from edge_agent.clock import iso
 from edge_agent.config import BrokerConfig, read_text
 from edge_agent.contract import messages, topics
 from edge_agent.contract.errors import ConfigError, MessageError, SourceError, UnavailableError
@@ -33,7 +32,7 @@ from edge_agent.contract.messages import Current
 from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox
 from edge_agent.delivery.uplink import Limits, Uplink
-from edge_agent.pipeline.alerts import alert_message
+from edge_agent.pipeline.alerts import alert_message, iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
 from edge_agent.pipeline.outcomes import AlertChange, Outcome, Scored
