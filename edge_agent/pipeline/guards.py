@@ -42,7 +42,9 @@ class GuardLimits:
 
     rise_c_per_s: float = 1.0  # GB 38031-2025
     jump_c: float = 6.0  # between two arrivals at most a minute apart; two healthy cars: at most 3 within 20 s
-    base_age_s: float = 60.0  # older values are no base: a pack's temperature may differ after a stop
+    base_age_s: float = 60.0  # after a longer silence a smaller rise is nothing: a pack warms while nobody looks
+    gap_jump_c: float = 12.0  # over a silence: 2.4 °C a minute at least; fast charging in heat gives about 1
+    gap_age_s: float = 300.0  # still older values are no base
     battery_c: float = 60.0  # the usual highest cell temperature in makers' data sheets
     battery_critical_c: float = 80.0  # separator shrinks, self-heating sets in
     inverter_c: float = 125.0  # case sensor; junctions are rated 150 to 175 °C
@@ -276,9 +278,11 @@ class Guards:
             )
             state.rise_since_s[gone] = np.inf
             pending &= ~gone
-        base = np.where(time - state.base_time_s <= limits.base_age_s, state.base_value, np.nan)
+        base = np.where(time - state.base_time_s <= limits.gap_age_s, state.base_value, np.nan)
         base = np.fmax.reduce(base, axis=0)
-        need = np.minimum(limits.rise_c_per_s * (time - state.base_time_s[0]), limits.jump_c)
+        age = time - state.base_time_s[0]
+        jump = np.where(age <= limits.base_age_s, limits.jump_c, limits.gap_jump_c)
+        need = np.minimum(limits.rise_c_per_s * age, jump)
         begun = present & ~pending & (values - base >= need - 1e-6)
         if begun.any():
             state.rise_since_s[begun] = time

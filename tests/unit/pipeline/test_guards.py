@@ -65,6 +65,13 @@ def test_a_jump_of_the_maximum_alone_fires_where_no_probe_is_known() -> None:
     assert raised(check(block)) == [(THERMAL, "temperature_jump")]
 
 
+@pytest.mark.parametrize(("rise", "fires"), [(20.0, True), (8.0, False)])
+def test_a_jump_that_lies_in_a_silence_of_minutes_fires_if_no_healthy_pack_could(rise: float, fires: bool) -> None:
+    block = without_max(quiet(np.concatenate((np.arange(0, 600.0, 10.0), 840 + np.arange(0, 600.0, 10.0)))))
+    block.cell_temperature[60:, 2] += rise
+    assert raised(check(block)) == [(THERMAL, "temperature_jump")] * fires
+
+
 def test_two_probes_that_agree_fire_on_one_arrival() -> None:
     block = steady(600, 10.0)
     block.cell_temperature[30:, 1] = 47.0
