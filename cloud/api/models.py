@@ -99,7 +99,7 @@ class Telemetry(Request):
     period_s: Annotated[float, Field(gt=0, le=3_600)] | None = Field(
         default=None, description="How often this vehicle reports; 1 s unless said. Coverage counts against it."
     )
-    frames: list[Frame] = Field(default=[], description="In any order; what comes twice counts once.")
+    frames: list[Frame] = Field(default=[], description="In any order; the same time twice counts once.")
     time: FrameTime | None = None
     signals: Annotated[dict[str, Number], Field(max_length=MAX_SIGNALS)] | None = None
     cell_voltage: Values | None = None

@@ -27,13 +27,13 @@ Word = Annotated[str, Query(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 Limit = Annotated[int, Query(ge=1, le=500, description="At most so many.")]
 
 
-def service(request: Request) -> Service:
+async def service(request: Request) -> Service:
     """Return the running service."""
     found: Service = request.app.state.service
     return found
 
 
-def only_known_parameters(request: Request) -> None:
+async def only_known_parameters(request: Request) -> None:
     """Refuse a query parameter that this path does not have: a mistyped filter would silently show everything."""
     known = _query_names(request.scope["route"].dependant)
     for name in request.query_params:
@@ -160,7 +160,8 @@ async def telemetry(request: Request, running: Running) -> models.TelemetryReply
     """Take raw frames of one vehicle, window and score them with the pipeline that runs on a vehicle.
 
     The first prediction needs a whole window (300 frames at 1 Hz), then one comes every stride (60 s). Frames may come
-    in any number and order; one that comes twice counts once. Values outside a signal's range count as missing. A
+    in any number and, within one request, in any order; send the requests of one vehicle one after the other. A request
+    that is sent again after an error counts once. Values outside a signal's range count as missing. A
     signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like a vehicle's own.
     """
     return await running.telemetry.accept(await read_telemetry(request, running.settings))
@@ -207,7 +208,7 @@ def _vehicle(row: Row, open_alerts: list[models.OpenAlert], now: float) -> model
     )  # fmt: skip
 
 
-def _since(
+async def _since(
     since: Annotated[
         str | None,
         Query(

@@ -56,7 +56,7 @@ class _Vehicle:
     period_s: float
     cells: int
     probes: int
-    newest_s: float = -np.inf  # time of the newest frame of this process's life
+    known_times: frozenset[float] = frozenset()  # of the request before: what is in it again was sent twice
     recent: list[ArrivalBlock] = field(default_factory=list)  # until the first window: replayed if cells turn up
     pending: list[ServerEvent] = field(default_factory=list)
     scores: dict[str, float | None] | None = None
@@ -227,9 +227,9 @@ class TelemetryService:
         if vehicle.pipeline.warming_s < vehicle.period_s:
             # a frame is whole, unlike a value from a bus: nothing more can come for the window's last grid point
             outcomes += vehicle.pipeline.flush()
-        if vehicle.recent or vehicle.newest_s == -np.inf:
+        if vehicle.recent or not vehicle.known_times:
             vehicle.recent.append(block)
-        vehicle.newest_s = float(block.time_s[-1])
+        vehicle.known_times = frozenset(frame.time for frame in frames)
         if any(isinstance(o, Scored | NoScore) for o in outcomes) or len(vehicle.recent) > self._spec.frames:
             vehicle.recent.clear()
         return outcomes
@@ -276,10 +276,11 @@ class TelemetryService:
     def _block(self, frames: list[Frame], vehicle: _Vehicle) -> ArrivalBlock:
         """Make rows of frames: in order of time, each time once.
 
-        A frame that a client sent again must not count as a second arrival: guards ask for two.
+        A frame that a client sent again must not count as a second arrival, as guards ask for two; and a whole request
+        that it sent again must not look like a clock set back.
         """
         index = self._catalogue.scalar_index
-        first = {frame.time: frame for frame in reversed(frames) if frame.time != vehicle.newest_s}
+        first = {frame.time: frame for frame in reversed(frames) if frame.time not in vehicle.known_times}
         self.counters["frames_repeated"] += len(frames) - len(first)
         ordered = [first[time_s] for time_s in sorted(first)]
         scalars = np.full((len(ordered), len(index)), np.nan)

@@ -1,0 +1,127 @@
+"""Frames over HTTP when things go wrong around them: a locked store, many vehicles, requests at once, a restart."""
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cloud.api import create_app
+from cloud.api.settings import Settings
+from cloud.store import connect
+from edge_agent.contract.signals import default_catalogue
+from tests.bundles import build_bundle
+
+pytestmark = pytest.mark.anyio
+START = 1_772_000_000.0
+SPEED = "Vehicle.Speed"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db", **changes))
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cloud") as client,
+    ):
+        yield client
+
+
+def frames(vehicle_id: str, begin: int, count: int) -> dict[str, Any]:
+    every = {s.name: (s.min + s.max) / 4 for s in default_catalogue().scalars}
+    return {
+        "vehicle_id": vehicle_id,
+        "frames": [{"time": START + begin + n, "signals": every} for n in range(count)],
+    }
+
+
+async def test_an_alert_decided_while_the_store_is_locked_is_stored_with_the_next_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "BUSY_TIMEOUT_MS", 50)
+    async with serving(tmp_path) as client:
+
+        def probes(second: int, *values: float) -> dict[str, Any]:
+            return {"vehicle_id": "EV_1", "time": START + second, "cell_temperature": list(values)}
+
+        for second in (0, 10):
+            await client.post("/telemetry", json=probes(second, 25.0, 25.5))
+        locker = sqlite3.connect(tmp_path / "v.db", isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
+        refused = await client.post("/telemetry", json=probes(20, 120.0, 121.0))
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        locker.execute("ROLLBACK")
+        locker.close()
+        assert (await client.get("/alerts")).json()["alerts"] == []
+        again = await client.post("/telemetry", json=probes(20, 120.0, 121.0))  # as a client does that was told 503
+        assert again.status_code == 200
+        (alert,) = (await client.get("/alerts")).json()["alerts"]
+        assert (alert["failure_type"], alert["origin"]) == ("thermal_runaway_risk", "guard")
+
+
+async def test_vehicles_that_were_put_aside_go_on_where_they_were(tmp_path: Path) -> None:
+    bundle = build_bundle(tmp_path / "bundle", default_catalogue())
+    names = [f"EV_{n}" for n in range(5)]
+    async with serving(tmp_path, bundle=bundle, max_vehicles_in_memory=2) as client:
+        for begin in range(0, 300, 50):
+            for name in names:
+                reply = (await client.post("/telemetry", json=frames(name, begin, 50))).json()
+                assert reply["predictions"] == (1 if begin == 250 else 0)
+        health = (await client.get("/health")).json()
+        assert health["telemetry"]["states_restored"] == 25
+
+
+async def test_requests_at_once_for_one_vehicle_take_effect_one_after_the_other(tmp_path: Path) -> None:
+    bundle = build_bundle(tmp_path / "bundle", default_catalogue())
+    async with serving(tmp_path, bundle=bundle) as client:
+        replies = await asyncio.gather(
+            *(client.post("/telemetry", json=frames(f"EV_{n % 2}", n // 2 * 10, 10)) for n in range(60))
+        )
+        assert {r.status_code for r in replies} == {200}
+        predictions = [r.json() for r in replies if r.json()["predictions"]]
+        assert sorted(p["vehicle_id"] for p in predictions) == ["EV_0", "EV_1"]
+
+
+async def test_a_request_sent_again_changes_nothing(tmp_path: Path) -> None:
+    bundle = build_bundle(tmp_path / "bundle", default_catalogue())
+    async with serving(tmp_path, bundle=bundle) as client:
+        for _ in range(3):
+            reply = (await client.post("/telemetry", json=frames("EV_1", 0, 200))).json()
+        overlapping = (await client.post("/telemetry", json=frames("EV_1", 150, 100))).json()
+        assert (reply["window"]["filled_s"], overlapping["window"]["filled_s"]) == (200, 250)
+        assert (await client.post("/telemetry", json=frames("EV_1", 250, 50))).json()["predictions"] == 1
+
+
+async def test_a_vehicle_that_reports_every_ten_seconds_is_scored(tmp_path: Path) -> None:
+    bundle = build_bundle(tmp_path / "bundle", default_catalogue())
+    async with serving(tmp_path, bundle=bundle) as client:
+        whole = frames("EV_1", 0, 310)["frames"][::10]
+        scored = []
+        for n, one in enumerate(whole):
+            body = {"vehicle_id": "EV_1", "period_s": 10.0, "frames": [one]}
+            reply = (await client.post("/telemetry", json=body)).json()
+            scored += [n] if reply["prediction"] else []
+        assert scored == [30]
+        assert reply["prediction"]["coverage"] == 1.0
+
+
+async def test_a_state_that_cannot_be_used_is_left_and_the_vehicle_begins_anew(tmp_path: Path) -> None:
+    async with serving(tmp_path) as client:
+        await client.post("/telemetry", json=frames("EV_1", 0, 100))
+    with contextlib.closing(sqlite3.connect(tmp_path / "v.db")) as database:
+        database.execute("UPDATE pipeline_state SET snapshot = x'00ff00'")
+        database.commit()
+    async with serving(tmp_path) as client:
+        reply = (await client.post("/telemetry", json=frames("EV_1", 100, 1))).json()
+        assert reply["window"]["filled_s"] == 1
+        assert (await client.get("/health")).json()["telemetry"]["states_discarded"] == 1
