@@ -49,9 +49,9 @@ def train_autoencoder(
     std: npt.NDArray[np.float64],
     config: AutoencoderConfig,
     seed: int,
-    on_epoch: Callable[[int, float], None],
+    on_epoch: Callable[[float, float], None],
 ) -> Trained:
-    """Train on [n, P, S] healthy windows; `mean` and `std` [S] normalise. `on_epoch(epoch, validation loss)`.
+    """Train on [n, P, S] healthy windows; `mean` and `std` [S] normalise. `on_epoch(share done, validation loss)`.
 
     Without a healthy validation window the training windows stand in, and the last epoch is kept.
     """
@@ -61,13 +61,15 @@ def train_autoencoder(
     model = Autoencoder(train.shape[2], config.hidden, mean=mean.tolist(), std=std.tolist())
     optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     batches = max(1, -(-len(train) // config.batch_size))
+    epochs = max(config.epochs, -(-config.least_steps // batches))
+    patience = config.patience * max(1, epochs // config.epochs)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=2 * config.learning_rate, total_steps=config.epochs * batches
+        optimiser, max_lr=2 * config.learning_rate, total_steps=epochs * batches
     )
     losses: list[float] = []
     held_out_losses: list[float] = []
     best: dict[str, Tensor] = {}
-    for epoch in range(config.epochs):
+    for epoch in range(epochs):
         model.train()
         total = 0.0
         order = torch.randperm(len(train))
@@ -82,10 +84,10 @@ def train_autoencoder(
             total += float(loss.detach()) * len(rows)
         losses.append(total / max(1, len(train)))
         held_out_losses.append(_evaluate(model, held_out))
-        on_epoch(epoch, held_out_losses[-1])
+        on_epoch((epoch + 1) / epochs, held_out_losses[-1])
         if held_out_losses[-1] <= min(held_out_losses):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        elif epoch - int(np.argmin(held_out_losses)) >= config.patience:
+        elif epoch - int(np.argmin(held_out_losses)) >= patience:
             break
     model.load_state_dict(best)
     model.eval()

@@ -88,6 +88,7 @@ class Autoencoder(Section, frozen=True, kw_only=True):
 
     hidden: Count = 32
     epochs: Count = 12
+    least_steps: Count = 600  # of the optimiser: few windows are seen for more epochs
     batch_size: Count = 64
     learning_rate: Positive = 0.003
     signal_drop: Share = 0.15  # chance that a signal is hidden from the input of one training window

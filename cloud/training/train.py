@@ -126,10 +126,7 @@ def _train_autoencoder(
         std=np.array([stats[name]["std"] for name in info.signals]),
         config=config.autoencoder,
         seed=config.seed,
-        on_epoch=lambda epoch, loss: on_step(
-            f"autoencoder epoch {epoch + 1}, validation loss {loss:.3f}",
-            0.45 + 0.4 * (epoch + 1) / config.autoencoder.epochs,
-        ),
+        on_epoch=lambda done, loss: on_step(f"autoencoder, validation loss {loss:.3f}", 0.45 + 0.4 * done),
     )
     anomaly.save(trained, models / AUTOENCODER_FILE, config.autoencoder, info.pooled_shape[0], info.signals)
     return trained
