@@ -7,6 +7,7 @@ come in the file's order; `pipeline.ingest` sorts them. A list column of Parquet
 """
 
 import csv
+import datetime as dt
 import gzip
 import hashlib
 import io
@@ -27,6 +28,7 @@ from edge_agent.contract.signals import Catalogue
 PARQUET_MAGIC = b"PAR1"
 _EMPTY = frozenset(("", "nan", "null", "none", "na", "n/a", "-"))
 _HASH_CHUNK_BYTES = 1 << 20
+_OTHER_STAMPS = ("%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y-%m-%d %H:%M:%S")  # spreadsheets': no leading zeros
 
 
 class _Table(Protocol):
@@ -281,13 +283,26 @@ class _Csv:
     def _times(self, name: str, texts: list[str], first_line: int) -> Column:
         stamps = np.empty(len(texts), "datetime64[ns]")
         for i, text in enumerate(texts):
-            try:
-                with warnings.catch_warnings():  # numpy warns of zones, and converts them to UTC: as we want it
-                    warnings.simplefilter("ignore")
-                    stamps[i] = np.datetime64("NaT" if text == "nan" else text.removesuffix("Z"))
-            except ValueError:
+            stamp = _stamp(text)
+            if stamp is None:
                 raise SourceError(
                     f"{self._path} near line {first_line + i}: time column {name!r} holds {text[:40]!a}; write "
                     f"times as 2024-05-06T07:08:09 or as numbers"
-                ) from None
+                )
+            stamps[i] = stamp
         return stamps
+
+
+def _stamp(text: str) -> np.datetime64 | None:
+    """Read one time stamp; None for what is none."""
+    try:
+        with warnings.catch_warnings():  # numpy warns of zones, and converts them to UTC: as we want it
+            warnings.simplefilter("ignore")
+            return np.datetime64("NaT" if text == "nan" else text.removesuffix("Z"), "ns")
+    except ValueError:
+        for form in _OTHER_STAMPS:
+            try:
+                return np.datetime64(dt.datetime.strptime(text, form), "ns")  # noqa: DTZ007  # the mapping has the zone
+            except ValueError:
+                continue
+    return None

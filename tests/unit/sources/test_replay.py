@@ -168,6 +168,7 @@ def test_empty_fields_and_nulls_are_nothing_arrived(tmp_path: Path) -> None:
     [
         (["2020-09-13 20:26:40", "2020-09-13 20:26:41.500"], "csv"),
         (["2020-09-13T20:26:40Z", "2020-09-13T20:26:41.500Z"], "csv"),
+        (["2020-09-14T04:26:40+08:00", "2020-09-14T04:26:41.500+08:00"], "csv"),
         (["2020-09-13 20:26:40", "2020-09-13 20:26:41.500"], "parquet"),
     ],
 )
@@ -180,6 +181,14 @@ def test_time_stamps_without_a_zone_are_shifted_by_the_mapping(tmp_path: Path, s
         pq.write_table(pa.table(table | {"t": np.array(stamps, "datetime64[us]")}), path)
     text = MAPPING.replace('column = "t"', 'column = "t"\nutc_offset_h = 8.0')
     assert everything(open_recording(path, mapping(text), CATALOGUE)).time_s.tolist() == [1.6e9, 1.6e9 + 1.5]
+
+
+def test_a_spreadsheets_time_stamps_are_read_and_nonsense_names_the_line(tmp_path: Path) -> None:
+    table = {k: v[:2] for k, v in columns().items()} | {"t": np.array(["2020/9/13 12:26:40", "2020/9/13 12:26:41"])}
+    path = write_csv(tmp_path / "r.csv", table)
+    assert everything(open_recording(path, mapping(), CATALOGUE)).time_s.tolist() == [1.6e9, 1.6e9 + 1]
+    path.write_text(path.read_text().replace("2020/9/13 12:26:41", "yesterday"))
+    fault(path, SourceError, "line 3", "yesterday", "2024-05-06T07:08:09")
 
 
 @pytest.mark.parametrize("kind", ["list", "fixed"])
