@@ -27,6 +27,7 @@ from edge_agent.contract.messages import Alert, Loss, Status
 SERVER_STREAM = "server"  # events decided here, from frames that came over HTTP; no vehicle may use this stream
 MAX_PARKED = 10_000  # newer messages kept a vehicle; a vehicle repeats what is not acknowledged, so this is no loss
 EXAMPLE_BYTES = 512  # of a refused payload: enough to recognise it
+FOLD_ALERTS = 200  # in one statement: SQLite takes 32,766 values, an older one 999
 _STATUS_COLUMNS = ("make", "source", "model_release", "model_name", "model_sha256", "clock_trusted", "last_arrival")
 
 
@@ -166,13 +167,24 @@ def _loss_row(item: EventItem, told: Loss, ingest_id: int) -> dict[str, Any]:
 
 async def _fold_alerts(connection: AsyncConnection, alerts: set[tuple[str, str]]) -> None:
     event = tables.event.c
-    for vehicle_id, alert_id in sorted(alerts):
-        rows = await connection.execute(
-            sa.select(event.ingest_id, event.received_at_s, event.vehicle_id, event.body)
-            .where(event.vehicle_id == vehicle_id, event.alert_id == alert_id)
+    ordered = sorted(alerts)
+    for first in range(0, len(ordered), FOLD_ALERTS):
+        chunk = ordered[first : first + FOLD_ALERTS]
+        found = await connection.execute(
+            sa.select(event.ingest_id, event.received_at_s, event.vehicle_id, event.alert_id, event.body)
+            .where(sa.tuple_(event.vehicle_id, event.alert_id).in_(chunk))
         )  # fmt: skip
-        row = fold([Told(r.ingest_id, r.received_at_s, r.vehicle_id, r.body) for r in rows])
-        await _upsert(connection, tables.alert, row, ("vehicle_id", "alert_id"))
+        told: dict[tuple[str, str], list[Told]] = {}
+        for r in found:
+            told.setdefault((r.vehicle_id, r.alert_id), []).append(
+                Told(r.ingest_id, r.received_at_s, r.vehicle_id, r.body)
+            )
+        rows = [fold(transitions) for transitions in told.values()]
+        statement = insert(connection, tables.alert)
+        changed = {name: statement.excluded[name] for name in rows[0] if name not in ("vehicle_id", "alert_id")}
+        await connection.execute(
+            statement.on_conflict_do_update(index_elements=["vehicle_id", "alert_id"], set_=changed), rows
+        )
 
 
 async def _statuses(connection: AsyncConnection, items: list[StatusItem], received_at_s: float) -> None:
