@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 
 from cloud.api import problems, routes, stream
@@ -40,8 +41,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             await service.stop()
 
-    app = FastAPI(
-        title="Voltwatch", version=version("voltwatch"), description=DESCRIPTION, lifespan=life,
+    app = FastAPIOffline(  # its pages come with the package: a fleet's server may have no way out
+        redoc_url=None, title="Voltwatch", version=version("voltwatch"), description=DESCRIPTION, lifespan=life,
         redirect_slashes=False, license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )  # fmt: skip
     problems.install(app)
