@@ -58,11 +58,11 @@ def build(
     graph = feature_graph(catalogue, facts, str(datasets_dir))
     signals, features = len(catalogue.scalars), len(graph.feature_names)
     models = read_models(models_dir, datasets_dir, graph.feature_names, signals)
-    model = whole_model(models, graph).SerializeToString(deterministic=True)
+    heads = heads_model(models, features, graph.pooled_frames, signals)
+    model = whole_model(models, graph, heads).SerializeToString(deterministic=True)
     if len(model) > contract.MAX_MODEL_BYTES:
         raise BundleError(f"{models_dir}: the graph is {len(model)} bytes, at most {contract.MAX_MODEL_BYTES} may ship")
     session = _session(model)
-    heads = heads_model(models, features, graph.pooled_frames, signals)
 
     inputs, outputs = golden.record(
         session, golden.read_windows(datasets_dir / "golden_windows.npz"), graph.state_specs

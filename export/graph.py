@@ -207,11 +207,10 @@ def _deviation(nodes: Nodes, models: Models, source: str) -> None:
     nodes.add("Clip", z, *limits, output="feature_deviation")
 
 
-def whole_model(models: Models, graph: FeatureGraph) -> ModelProto:
-    """Join the feature graph and the heads: design section 4's table."""
+def whole_model(models: Models, graph: FeatureGraph, heads: ModelProto) -> ModelProto:
+    """Join the feature graph and the heads (`heads_model`'s): design section 4's table."""
     features = onnx.load_from_string(export_features(graph)).graph
     signals, count = len(graph.catalogue.scalars), len(graph.feature_names)
-    heads = heads_model(models, count, graph.pooled_frames, signals)
     states = [float32(f"{s.name}_out", *s.shape) for s in graph.state_specs]
     outputs = [
         float32("features", 1, count),
@@ -242,5 +241,6 @@ def build_heads(models_dir: Path, datasets_dir: Path, catalogue: Catalogue) -> M
 def build_model(models_dir: Path, datasets_dir: Path, catalogue: Catalogue) -> ModelProto:
     """Return the whole graph of a models folder; see `whole_model`. Raises `BundleError`."""
     graph = feature_graph(catalogue, read_dataset_facts(datasets_dir), str(datasets_dir))
-    models = read_models(models_dir, datasets_dir, graph.feature_names, len(catalogue.scalars))
-    return whole_model(models, graph)
+    signals = len(catalogue.scalars)
+    models = read_models(models_dir, datasets_dir, graph.feature_names, signals)
+    return whole_model(models, graph, heads_model(models, len(graph.feature_names), graph.pooled_frames, signals))
