@@ -22,6 +22,7 @@ from cloud.store import connect
 from cloud.store.fleet_store import FleetStore
 from edge_agent.contract import messages, topics
 from tests.brokers import Broker, broker, free_port, wait_for
+from tests.faults.test_delivery import Vehicle as Agent
 
 __all__ = ["broker"]
 pytestmark = pytest.mark.anyio
@@ -217,6 +218,24 @@ async def test_a_broker_of_mqtt_3_only_is_met_with_mqtt_3(store: FleetStore, tmp
             vehicle.publish(1, 2)
             await until(lambda: sorted(vehicle.acked) == [1, 2], "acknowledged")
             vehicle.close()
+
+
+async def test_the_agents_own_link_delivers_everything_through_a_broker_that_is_killed(
+    store: FleetStore, broker: Broker, tmp_path: Path
+) -> None:
+    """Both real ends: the vehicle's outbox empties, and the store has each message once."""
+    async with running(store, broker.port) as collector:
+        await until(lambda: collector.link.connected, "connected")
+        agent = Agent(tmp_path / "agent", broker.port).start()
+        for number in range(120):
+            agent.alert()
+            if number in (40, 80):
+                broker.kill()  # whatever it had acknowledged and not passed on is gone
+                await asyncio.sleep(0.2)
+                broker.start()
+        await until(agent.delivered, "the outbox is empty", timeout_s=40)
+        await asyncio.to_thread(agent.stop)
+    assert sorted(stored(tmp_path / "v.db")) == list(range(1, 121))
 
 
 COLLECTOR = """
