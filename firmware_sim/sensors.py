@@ -125,7 +125,7 @@ class Sensors:
         probes = self._probes(truth)
         scalars = self._scalars(truth, deviation, mean_v, probes, rng)
         scalars += rng.standard_normal(scalars.shape, dtype=np.float32) * _TABLE[:, 1]
-        scalars = np.rint(scalars * _PER_UNIT) / _PER_UNIT
+        scalars = np.rint(scalars * _PER_UNIT) / _PER_UNIT + 0.0  # no minus zero
         np.clip(scalars, CATALOGUE.scalar_min, CATALOGUE.scalar_max, out=scalars)
         self._misbehave(scalars, time_s, artefacts)
         volts = np.maximum(mean_v[rows, None] + deviation[:, rows].T, 0.0)
