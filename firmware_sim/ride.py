@@ -36,7 +36,7 @@ class RideSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Ten reported seconds: time [10], scalars [10, S], a row of cells [C] and of probes [P]; the fault's level, 0 to 4."""
+    """Ten reported seconds: time [10], scalars [10, S], one row of cells [C] and probes [P]; fault level 0 to 4."""
 
     time_s: FloatArray
     scalars: Float32Array
