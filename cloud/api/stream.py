@@ -6,6 +6,7 @@ down by TCP and nothing queues here.
 """
 
 import asyncio
+import contextlib
 import logging
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from cloud.store.fleet_store import StoreAwayError
 
 log = logging.getLogger(__name__)
 router = APIRouter()
+CLOSE_S = 1.0
 POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013  # RFC 6455 and IANA's registry
 
 
@@ -39,7 +41,9 @@ async def telemetry(socket: WebSocket) -> None:
     except WebSocketDisconnect:
         pass
     except TimeoutError:
-        await socket.close(TRY_AGAIN_LATER, "replies are not being read")
+        with contextlib.suppress(TimeoutError):  # the farewell has to pass the same full buffer
+            async with asyncio.timeout(CLOSE_S):
+                await socket.close(TRY_AGAIN_LATER, "replies are not being read")
     finally:
         running.sockets -= 1
 
