@@ -278,7 +278,9 @@ class Link:
             if broker.ca:
                 client.tls_set(broker.ca, broker.certificate or None, broker.key or None)
             self._client = client
-            client.connect(broker.host, broker.port, broker.keepalive_s)  # each first connect of a client starts clean
+            # paho pings after one keepalive and waits another: three quarters make it one and a half of ours.
+            keepalive_s = max(3, round(0.75 * broker.keepalive_s))
+            client.connect(broker.host, broker.port, keepalive_s)  # the first connect of a client starts clean
         except (OSError, ValueError) as error:
             self._client = None
             self._uplink.disconnected(time.monotonic())

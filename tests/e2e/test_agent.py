@@ -243,3 +243,18 @@ def test_a_configuration_that_cannot_work_is_one_clear_line(
     assert (ended.returncode, ended.stderr.count("\n")) == (code, 1), ended.stderr
     assert ended.stderr.startswith("edge-agent: error: ")
     assert says in ended.stderr
+
+
+def test_without_python_can_run_is_one_clear_line_and_replay_needs_it_not(tmp_path: Path) -> None:
+    config = write_config(tmp_path, port=1883, channel="none")
+    hide = "import sys; sys.modules['can'] = None; from edge_agent.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+    def ended(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", hide, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+
+    run = ended("run", "--config", str(config))
+    assert (run.returncode, run.stderr.count("\n")) == (78, 1), run.stderr
+    assert "pip install 'voltwatch[can]'" in run.stderr
+    replay = ended("replay", "none.csv", "--map", str(tmp_path / "small.toml"), "--bundle", "nowhere")
+    assert (replay.returncode, replay.stderr.count("\n")) == (65, 1), replay.stderr
