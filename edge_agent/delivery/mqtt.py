@@ -422,6 +422,7 @@ class Link:
                 self._retained_flying[mid] = (topics.status(self._vehicle_id), self._farewell)
                 while mid in self._retained_flying and self._ready and time.monotonic() < self._stop_s:
                     self._serve(0.05)
+            client.on_disconnect = None  # that the broker now closes is as it should be
             client.disconnect()
             while client.want_write() and client.socket() is not None and time.monotonic() < self._stop_s:
                 client.loop_write()
