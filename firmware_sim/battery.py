@@ -24,7 +24,7 @@ _SLOPE = np.gradient(OCV_V, SOC_POINTS)
 _R_AT_C = np.array([-25.0, -10.0, 2.0, 8.5, 16.0, 27.0, 40.0, 60.0])
 _R_LOG = np.log(np.array([6.2, 3.9, 2.46, 1.71, 1.28, 1.0, 0.86, 0.75]))
 
-RC_SHARE = 0.45  # the RC pair's resistance over the 1 s resistance
+RC_SHARE = 0.30  # the RC pair's resistance over the 1 s resistance
 RC_TAU_S = 28.0
 HOLD_STEPS = 10  # charge and temperature move so slowly that what depends on them is looked up every 10 s
 EMPTY_SOC, FULL_SOC = 0.01, 0.995

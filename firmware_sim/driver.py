@@ -17,7 +17,7 @@ IntArray = npt.NDArray[np.int8]
 _ROADS = (
     ("town", 22.0, 56.0, 8.0, 55.0, 0.50),
     ("country", 55.0, 92.0, 25.0, 120.0, 0.18),
-    ("highway", 92.0, 132.0, 60.0, 260.0, 0.03),
+    ("highway", 86.0, 124.0, 60.0, 260.0, 0.03),
 )
 
 
@@ -93,7 +93,7 @@ def _breakpoints(rng: np.random.Generator, seconds: int, style: Style) -> tuple[
         _, low, high, hold_low, hold_high, stop = road
         target = (low + (high - low) * u[2]) * (0.94 + 0.06 * style.vigour)
         change = target - speed[-1]
-        rate = (1.0 + 1.3 * u[3]) * style.vigour if change > 0 else 1.1 + 0.9 * u[3]  # m/s²
+        rate = (0.7 + 0.9 * u[3]) * style.vigour if change > 0 else 0.8 + 0.8 * u[3]  # m/s²
         if change > 0 and target > 70:
             rate *= 0.65
         at.append(at[-1] + max(abs(change) / 3.6 / rate, 1.0))
@@ -101,7 +101,7 @@ def _breakpoints(rng: np.random.Generator, seconds: int, style: Style) -> tuple[
         at.append(at[-1] + hold_low + (hold_high - hold_low) * u[4] ** 2)
         speed.append(target)
         if u[5] < stop:
-            at.append(at[-1] + target / 3.6 / (1.2 + 0.8 * u[3]))
+            at.append(at[-1] + target / 3.6 / (0.9 + 0.8 * u[3]))
             speed.append(0.0)
             at.append(at[-1] + 4 + 40 * u[1] ** 2)
             speed.append(0.0)

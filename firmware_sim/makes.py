@@ -33,26 +33,26 @@ class Make:
 
 MAKES = (
     Make(
-        name="aurora", cells=96, probes=24, capacity_ah=94.0, resistance_ohm=0.066, pack_heat_capacity_j_per_k=3.0e5,
+        name="aurora", cells=96, probes=24, capacity_ah=94.0, resistance_ohm=0.066, pack_heat_capacity_j_per_k=4.6e5,
         liquid_cooled_pack=True, mass_kg=1450, drag_area_m2=0.69, gear_m_per_rad=0.0361, torque_max_nm=250,
         power_max_w=125e3, phase_a_per_nm=1.6, inverter_k_per_w=0.060, radiator_w_per_k=26, ac_power_w=7.2e3,
         dc_power_w=50e3,
     ),
     Make(
         name="borealis", cells=108, probes=24, capacity_ah=156.0, resistance_ohm=0.054,
-        pack_heat_capacity_j_per_k=4.8e5, liquid_cooled_pack=True, mass_kg=2050, drag_area_m2=0.66,
+        pack_heat_capacity_j_per_k=6.6e5, liquid_cooled_pack=True, mass_kg=2050, drag_area_m2=0.66,
         gear_m_per_rad=0.0330, torque_max_nm=330,
         power_max_w=170e3, phase_a_per_nm=1.45, inverter_k_per_w=0.045, radiator_w_per_k=34, ac_power_w=11e3,
         dc_power_w=125e3,
     ),
     Make(
-        name="cirrus", cells=96, probes=12, capacity_ah=114.0, resistance_ohm=0.066, pack_heat_capacity_j_per_k=2.7e5,
+        name="cirrus", cells=96, probes=12, capacity_ah=114.0, resistance_ohm=0.066, pack_heat_capacity_j_per_k=4.3e5,
         liquid_cooled_pack=False, mass_kg=1600, drag_area_m2=0.70, gear_m_per_rad=0.0385, torque_max_nm=300,
         power_max_w=110e3, phase_a_per_nm=1.35, inverter_k_per_w=0.055, radiator_w_per_k=28, ac_power_w=5.5e3,
         dc_power_w=46e3,
     ),
     Make(
-        name="dorado", cells=87, probes=23, capacity_ah=120.0, resistance_ohm=0.074, pack_heat_capacity_j_per_k=3.2e5,
+        name="dorado", cells=87, probes=23, capacity_ah=120.0, resistance_ohm=0.074, pack_heat_capacity_j_per_k=5.0e5,
         liquid_cooled_pack=True, mass_kg=1750, drag_area_m2=0.74, gear_m_per_rad=0.0350, torque_max_nm=270,
         power_max_w=120e3, phase_a_per_nm=1.5, inverter_k_per_w=0.066, radiator_w_per_k=24, ac_power_w=6.6e3,
         dc_power_w=70e3,
