@@ -53,10 +53,11 @@ def alerts(
     """
     found: list[Raised] = []
     for (vehicle, variant), rows in windows.sequences().items():
-        if value[rows].max() < threshold.raise_at:
+        over = np.flatnonzero(value[rows] >= threshold.raise_at)
+        if len(over) < min(rule.k, rule.n):
             continue
         state = TypeState()
-        for row in rows.tolist():
+        for row in rows[over[0] :].tolist():  # a healthy state stays one until the first window over the threshold
             level: Severity = SEVERITIES[int(severity[row])] if severity is not None else UNGRADED  # type: ignore[assignment]
             seen = Observation(float(windows.end_s[row]), float(value[row]), level)
             state, transition = step(state, seen, threshold, rule)
