@@ -24,7 +24,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 @cache
-def tests_in(file: str) -> frozenset[str]:
+def named_in(file: str) -> frozenset[str]:
     path = ROOT / file
     assert path.is_file(), f"{file} does not exist"
     names: set[str] = set()
@@ -45,7 +45,7 @@ def test_the_page_makes_promises() -> None:
 @pytest.mark.parametrize(("promise", "test"), rows())
 def test_each_promise_names_a_test_that_exists(promise: str, test: str) -> None:
     file, _, name = test.partition("::")
-    assert name in tests_in(file), f"{promise!r}: no {name} in {file}"
+    assert name in named_in(file), f"{promise!r}: no {name} in {file}"
 
 
 def test_no_promise_is_made_twice() -> None:
