@@ -9,7 +9,7 @@ import numpy as np
 from edge_agent.contract.signals import FloatArray
 
 PEAK_RISE_K = 420.0
-NEIGHBOUR_EVERY_S = 18.0
+NEIGHBOUR_EVERY_S = 8.0
 MOST_CELLS_SHARE = 0.35
 
 
@@ -24,6 +24,7 @@ def probe_rise_k(since_s: FloatArray, distance: FloatArray, rate_k_per_s: float)
 
     Heat reaches each next probe 40 s later and a third weaker.
     """
-    since = np.maximum(since_s[:, None] - 40.0 * distance[None, :], 0.0)
-    peak = PEAK_RISE_K * np.exp(-0.4 * distance)
+    further = distance - distance.min()  # the nearest probe feels it at once
+    since = np.maximum(since_s[:, None] - 40.0 * further[None, :], 0.0)
+    peak = PEAK_RISE_K * np.exp(-0.4 * further)
     return np.asarray(np.minimum(rate_k_per_s * since, peak[None, :]), dtype=np.float64)

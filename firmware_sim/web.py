@@ -7,6 +7,7 @@ drive it is tried again for a while, so a restart of the server is survived.
 import json
 import math
 import time
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import httpx
@@ -159,11 +160,12 @@ class Socket:
 
     def __init__(self, url: str) -> None:
         self._url = _endpoint(url, ("ws", "wss"), "/ws/telemetry")
+        self._exit = ExitStack()
         self._socket: ClientConnection | None = self._connect()
 
     def _connect(self) -> ClientConnection:
         try:
-            return connect(self._url, open_timeout=TIMEOUT_S)
+            return self._exit.enter_context(connect(self._url, open_timeout=TIMEOUT_S))
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
             raise UnavailableError(f"cannot reach {self._url}: {error}; is the cloud running there?") from error
 
@@ -190,9 +192,8 @@ class Socket:
 
     def close(self) -> None:
         """Close the socket."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._exit.close()
+        self._socket = None
 
 
 def _endpoint(url: str, schemes: tuple[str, ...], path: str) -> str:
