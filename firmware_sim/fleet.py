@@ -8,6 +8,7 @@ of one batch at a time; each vehicle's file grows by a row group a period.
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -287,21 +288,34 @@ def generate(spec: FleetSpec, output: Path, *, workers: int, on_progress: Callab
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_labels(spec, output)
+        _clear(output)
         work = batches(spec)
         total = 0
         if workers <= 1 or len(work) == 1:
-            return sum(_one(spec, output, numbers, on_progress) for numbers in work)
-        with _pool(min(workers, len(work))) as pool:
-            running = {pool.submit(write_batch, spec, output, numbers): len(numbers) for numbers in work}
-            for done in as_completed(running):
-                total += done.result()
-                on_progress(running[done], done.result())
+            total = sum(_one(spec, output, numbers, on_progress) for numbers in work)
+        else:
+            with _pool(min(workers, len(work))) as pool:
+                running = {pool.submit(write_batch, spec, output, numbers): len(numbers) for numbers in work}
+                for done in as_completed(running):
+                    total += done.result()
+                    on_progress(running[done], done.result())
+        write_labels(spec, output)  # last: generation.json stands for a complete fleet
+    except BrokenProcessPool as error:
+        raise UnavailableError("a worker process died (out of memory?); try again with --workers 1") from error
     except OSError as error:
         raise UnavailableError(
             f"cannot write to {output}: {error.strerror or error}; choose a folder with room that you may write to"
         ) from error
     return total
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else: a smaller fleet must not inherit vehicles."""
+    (output / "generation.json").unlink(missing_ok=True)
+    for part in (output / "raw_frames").glob("vehicle_id=*/part-0.parquet"):
+        part.unlink()
+        if not any(part.parent.iterdir()):
+            part.parent.rmdir()
 
 
 def _one(spec: FleetSpec, output: Path, numbers: list[int], on_progress: Callable[[int, int], None]) -> int:

@@ -40,7 +40,7 @@ def demo(
     work: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("var/demo"),
 ) -> None:
     """Show the whole way on one machine: simulate, train, export, drive three vehicles until one fails."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:

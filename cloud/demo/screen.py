@@ -57,6 +57,8 @@ def alert(body: dict[str, Any], address: str) -> RenderableType:
     """Show one alert: what, how severe, why, which model, since when."""
     colour = COLOURS.get(body["severity"], "red")
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("severity", Text(body["severity"], style=colour))
     if body.get("type_probability") is not None:
         facts.add_row("probability", f"{body['type_probability']:.2f}")

@@ -156,6 +156,15 @@ def test_sensors_misbehave_in_all_their_ways() -> None:
     assert np.isfinite(scalars[110]).any()
 
 
+def test_a_smaller_fleet_inherits_no_vehicle_of_a_larger_one(tmp_path: Path) -> None:
+    for vehicles in (3, 1):
+        spec = FleetSpec(vehicles=vehicles, days=1, hours=0.1, seed=1)
+        fleet.generate(spec, tmp_path, workers=1, on_progress=quiet)
+        (tmp_path / "raw_frames" / "mine.txt").write_text("not the generator's")
+        assert len(list((tmp_path / "raw_frames").glob("vehicle_id=*"))) == vehicles
+    assert (tmp_path / "raw_frames" / "mine.txt").exists()
+
+
 def test_generation_json_says_how_to_make_the_same_again(written: Path) -> None:
     about = json.loads((written / "generation.json").read_text())
     again = FleetSpec(**{k: about[k] for k in ("vehicles", "days", "hours", "seed", "faulty")})
