@@ -24,14 +24,14 @@ import numpy as np
 
 from edge_agent import health
 from edge_agent.agent import load_catalogue, retained_current
-from edge_agent.config import BrokerConfig, read_text
+from edge_agent.config import BrokerConfig
 from edge_agent.contract import messages, topics
 from edge_agent.contract.errors import ConfigError, MessageError, SourceError, UnavailableError
-from edge_agent.contract.mapping import parse_mapping
 from edge_agent.contract.messages import Current
 from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox
 from edge_agent.delivery.uplink import Limits, Uplink
+from edge_agent.mappings import read_mapping
 from edge_agent.pipeline.alerts import alert_message, iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
@@ -124,11 +124,11 @@ def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
     acknowledge everything in time.
     """
     catalogue = load_catalogue(options.schema)
-    mapping_text = read_text(options.mapping, "mapping")
-    mapping = parse_mapping(mapping_text, str(options.mapping))
+    named = read_mapping(options.mapping)
+    mapping = named.mapping
     bundle = load_bundle(options.bundle, catalogue, mapping.source.make)
     vehicle_id = _vehicle_id(options, mapping.source.vehicle_id)
-    recording = open_recording(options.recording, mapping, catalogue, origin=str(options.mapping))
+    recording = open_recording(options.recording, mapping, catalogue, origin=named.origin)
     pipeline = Pipeline(
         catalogue, vehicle_id=vehicle_id, period_s=mapping.source.period_s, cells=recording.bound.cells(),
         probes=recording.bound.probes(), bundle=bundle, expected=tuple(mapping.signals),
@@ -141,7 +141,7 @@ def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
     summary.elapsed_s = time.monotonic() - began_s
     _finish(summary, recording, pipeline)
     # One id for everything that decides what is said: publishing again says the same under the same numbers.
-    identity = f"{recording.content_hash}|{mapping_text}|{bundle.sha256}|{vehicle_id}"
+    identity = f"{recording.content_hash}|{named.text.decode()}|{bundle.sha256}|{vehicle_id}"
     stream_id = str(uuid.uuid5(NAMESPACE, identity))
     _write_files(options, summary, changes, vehicle_id, stream_id)
     print_summary(summary, out or sys.stdout)
