@@ -7,10 +7,9 @@ of one batch at a time; each vehicle's file grows by a row group a period.
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from firmware_sim.makes import MAKES
 from firmware_sim.plant import Plant
 from firmware_sim.sensors import CATALOGUE, Frames, Sensors, plan_artefacts
 from firmware_sim.vehicle import Vehicle
+from firmware_sim.workers import worker_pool
 
 START_S = 1_767_571_200.0  # 2026-01-05T00:00:00Z, a Monday
 PERIODS = 2  # waking periods a day
@@ -294,7 +294,7 @@ def generate(spec: FleetSpec, output: Path, *, workers: int, on_progress: Callab
         if workers <= 1 or len(work) == 1:
             total = sum(_one(spec, output, numbers, on_progress) for numbers in work)
         else:
-            with _pool(min(workers, len(work))) as pool:
+            with worker_pool(min(workers, len(work))) as pool:
                 running = {pool.submit(write_batch, spec, output, numbers): len(numbers) for numbers in work}
                 for done in as_completed(running):
                     total += done.result()
@@ -322,7 +322,3 @@ def _one(spec: FleetSpec, output: Path, numbers: list[int], on_progress: Callabl
     frames = write_batch(spec, output, numbers)
     on_progress(len(numbers), frames)
     return frames
-
-
-def _pool(workers: int) -> Executor:
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))

@@ -98,3 +98,23 @@ def test_generate_says_what_it_wrote(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "2 vehicles" in done.stdout
     assert (tmp_path / "out" / "labels.parquet").is_file()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        (*COMMAND, "generate", "--output", str(tmp_path), "--vehicles", "60", "--days", "60", "--workers", "2"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("raw_frames/*/part-0.parquet"))) < 20:  # both workers are at work
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(how)
+    assert process.wait(timeout=10) != 0
+    deadline = time.monotonic() + 10
+    while group := subprocess.run(("ps", "-o", "args=", "-g", str(process.pid)), capture_output=True).stdout:
+        assert time.monotonic() < deadline, group
+        time.sleep(0.1)
+    assert not (tmp_path / "generation.json").exists(), "an incomplete fleet is not marked as a whole one"
