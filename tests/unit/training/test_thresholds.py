@@ -66,6 +66,18 @@ def test_a_tighter_budget_never_lowers_the_threshold(fleet):
     assert limits[0] >= limits[1] >= limits[2]
 
 
+def test_one_odd_healthy_vehicle_does_not_silence_a_head(fleet):
+    windows, value, episodes = fleet
+    odd = value.copy()
+    odd[windows.vehicle == "V05"] = 0.999  # above every failure: no budget below one episode can be kept
+    head = Scored.of(KIND, windows, odd)
+    at = budget_threshold(head, episodes, ThresholdPolicies(episodes_per_vehicle_month=0.0))
+    assert at is not None
+    found = alerts(windows, odd, TypeThreshold(raise_at=at, clear_below=at * 0.6), Decision())
+    assert all(f.detected for f in hold_against(found, windows, episodes, KIND))
+    assert false_alarms(found, windows), "what it costs shows where it is measured"
+
+
 def test_k_of_n_is_exactly_where_the_decision_table_raises(fleet):
     windows, value, _ = fleet
     rule = Decision(k=2, n=3, cooldown_s=0.0)
