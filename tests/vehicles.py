@@ -104,6 +104,7 @@ class SlcanPty:
         tty.setraw(self._slave)
         path.symlink_to(os.ttyname(self._slave))
         self.path = path
+        self.opened = 0  # how often a host has sent the command that opens the channel
         self._closing = False
         self._drain = threading.Thread(target=self._read_commands, daemon=True)
         self._drain.start()
@@ -111,7 +112,7 @@ class SlcanPty:
     def _read_commands(self) -> None:
         while not self._closing:  # a read that blocked would keep the line up after `close`
             if select.select([self.master], [], [], 0.05)[0]:
-                os.read(self.master, 256)
+                self.opened += os.read(self.master, 256).count(b"O\r")
 
     def send(self, frames: list[tuple[int, bytes]]) -> None:
         text = "".join(f"t{frame_id:03X}{len(data)}{data.hex().upper()}\r" for frame_id, data in frames)

@@ -8,10 +8,13 @@ Checks are found by name in the DBC: `<Message>_Counter` counts up by one, `<Mes
 J1850 over the low byte of the frame id and then all other bytes.
 """
 
+import fcntl
 import logging
+import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -130,7 +133,11 @@ class CanSource:
     """
 
     def __init__(
-        self, open_bus: Callable[[], can.BusABC], decoder: Decoder, mapping: BoundMapping, now: Callable[[], float]
+        self,
+        open_bus: Callable[[], AbstractContextManager[can.BusABC]],
+        decoder: Decoder,
+        mapping: BoundMapping,
+        now: Callable[[], float],
     ) -> None:
         self._open_bus = open_bus
         self._decoder = decoder
@@ -244,7 +251,7 @@ def signal_names(database: Database) -> tuple[str, ...]:
 
 def bus_opener(
     interface: str, channel: str, bitrate: int | None, options: Mapping[str, Any]
-) -> Callable[[], can.BusABC]:
+) -> Callable[[], AbstractContextManager[can.BusABC]]:
     """Return what opens the bus. Raises `ConfigError` at once for an interface python-can does not know."""
     if interface not in can.VALID_INTERFACES:
         near = get_close_matches(interface, can.VALID_INTERFACES, n=1)
@@ -257,12 +264,38 @@ def bus_opener(
         arguments.setdefault("sleep_after_open", 0)
         arguments.setdefault("timeout", 0.05)
 
-    def open_bus() -> can.BusABC:
-        if interface == "slcan" and not Path(channel.split("@", maxsplit=1)[0]).exists():
-            raise SourceError(f"{channel}: no such device")
-        return can.Bus(interface=interface, channel=channel, **arguments)
+    @contextmanager
+    def open_bus() -> Iterator[can.BusABC]:
+        device = Path(channel.split("@", maxsplit=1)[0])
+        with (
+            _claimed(device) if interface == "slcan" else nullcontext(),
+            can.Bus(interface=interface, channel=channel, **arguments) as bus,
+        ):
+            yield bus
 
     return open_bus
+
+
+@contextmanager
+def _claimed(device: Path) -> Iterator[None]:
+    """Hold a serial line for this process alone: two readers would each get half of every line.
+
+    Raises `SourceError` where it is absent or somebody else holds it.
+    """
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise SourceError(f"{device}: no such device") from error
+    except OSError as error:
+        raise SourceError(f"{device}: {(error.strerror or str(error)).lower()}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyserial's `exclusive`, before anything is sent
+        except BlockingIOError as error:
+            raise SourceError(f"{device}: another program reads it; end that one, or name another channel") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def checksum(frame_id: int, data: bytes, skip: int) -> int:

@@ -146,7 +146,7 @@ def test_no_broker_at_start_then_one_and_the_alert_arrives(adapter: SlcanPty, tm
         wait_for(lambda: agent.says("alert", "origin=guard"), what=agent.text())
         late.start()
         collector = Collector(late.port)
-        wait_for(lambda: alerts_of(collector), 20, what=agent.text())
+        wait_for(lambda: alerts_of(collector), 45, what=agent.text())  # the first resend comes after 20 s
         assert all(json.loads(p)["replayed"] for p in collector.stored.values())
         collector.close()
     finally:

@@ -162,6 +162,33 @@ def test_an_slcan_adapter_is_read_and_found_again_after_it_was_unplugged(tmp_pat
     tested.stop()
 
 
+def test_a_serial_line_that_another_agent_reads_is_left_to_it(tmp_path: Path) -> None:
+    adapter = SlcanPty(tmp_path / "tty")
+    first, second = (
+        CanSource(bus_opener("slcan", str(adapter.path), None, {}), decoder(), bound(), time.monotonic) for _ in "12"
+    )
+    first.start()
+    wait_for(lambda: adapter.opened >= 1, what="the first has opened it")
+    second.start()
+    wait_for(lambda: "another program reads it" in second.problem, what="the second is refused")
+    ecu = Ecu()
+    for voltage in (380.0, 381.0, 382.0):
+        adapter.send(ecu.second(voltage, 25.0))
+    rows: list[float] = []
+
+    def heard() -> bool:
+        block = first.read(0.05)
+        rows.extend([] if block is None else block.scalars[:, 0][np.isfinite(block.scalars[:, 0])])
+        return len(rows) == 3
+
+    wait_for(heard, what="every frame came whole")
+    assert adapter.opened == 1, "the second sent the adapter nothing"
+    first.stop()
+    wait_for(lambda: adapter.opened == 2, what="the second takes over")
+    second.stop()
+    adapter.close()
+
+
 def test_a_flood_is_bounded_in_memory_and_counted() -> None:
     tested, ecu = source(), Ecu()
     frames = ecu.second(380.0, 25.0)
