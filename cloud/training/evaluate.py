@@ -43,6 +43,7 @@ from cloud.training.vehicle import NATURAL
 from edge_agent.contract.bundle import Thresholds, TypeThreshold, parse_thresholds
 from edge_agent.contract.errors import SourceError
 from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES, Catalogue, FloatArray
+from edge_agent.pipeline.decision import grade
 
 # the runbook's own figures; it does not say on what data, which split, or at what prevalence
 RUNBOOK: tuple[dict[str, Any], ...] = (
@@ -305,9 +306,7 @@ def _severity(ground: Ground, scores: HeadScores) -> dict[str, Any] | None:
     rows = np.flatnonzero((ground.test.severity_index >= 0) & (ground.test.variant == NATURAL))
     if scores.severity is None or not len(rows):
         return None
-    share = scores.severity[rows, ground.test.type_index[rows]]  # [n, 4]
-    expected = share @ np.arange(share.shape[1]) / np.maximum(share.sum(axis=1), 1e-12)
-    said = np.minimum((expected + 0.5).astype(int), len(SEVERITIES) - 1)  # as the decision grades it
+    said = grade(scores.severity[rows, ground.test.type_index[rows]])
     true = ground.test.severity_index[rows]
     table = np.zeros((len(SEVERITIES), len(SEVERITIES)), int)
     np.add.at(table, (true, said), 1)

@@ -127,11 +127,11 @@ def test_whatever_the_scores_an_alert_is_raised_and_cleared_in_turn_and_not_repe
 @pytest.mark.parametrize(
     ("shares", "level"),
     [
-        ([1, 0, 0, 0], "low"), ([0, 0, 0, 1], "critical"), ([0.5, 0, 0, 0.5], "high"), ([0, 0.4, 0.6, 0], "high"),
-        ([0.25] * 4, "high"), ([0, 0, 0, 0], UNGRADED),
+        ([1, 0, 0, 0], "low"), ([0, 0, 0, 1], "critical"), ([0.4, 0, 0.2, 0.4], "high"), ([0, 0.4, 0.6, 0], "high"),
+        ([0.1, 0.1, 0.15, 0.65], "critical"), ([0.25] * 4, "medium"), ([0, 0, 0, 0], UNGRADED),
     ],
 )  # fmt: skip
-def test_severity_is_the_level_nearest_to_the_expected_one(shares: list[float], level: str) -> None:
+def test_severity_is_the_median_level(shares: list[float], level: str) -> None:
     none = np.zeros(0, np.float32)
     scores = Scores(none, none, severity=np.array([shares], np.float32))
     assert severity_of(scores, 0) == level
