@@ -52,4 +52,4 @@ $(VENV)/bin/pip:
 	@.ci/make-venv $(PYTHON) $(VENV)
 
 system-test:
-	@.ci/system-packages --optional mosquitto strace
+	@.ci/system-packages --optional mosquitto strace procps:ps

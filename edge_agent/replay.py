@@ -149,7 +149,10 @@ def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
         publisher = _Publisher(options, options.broker, vehicle_id=vehicle_id, stream_id=stream_id, bundle=bundle,
                                make=mapping.source.make)  # fmt: skip
         delivered = publisher.publish(changes, summary, pipeline)
-        print(f"published    {delivered} messages, all acknowledged by the collector", file=out or sys.stdout)
+        print(
+            f"published    messages: {delivered}, this summary among them, all acknowledged by the collector",
+            file=out or sys.stdout,
+        )
     return summary
 
 
@@ -410,7 +413,7 @@ def print_summary(summary: Summary, out: TextIO) -> None:
         lines.append(f"not carried  {len(summary.unmapped)} signals: {', '.join(summary.unmapped)}")
     if summary.worst_cell is not None and summary.worst_cell_deviation_v is not None:
         millivolt = summary.worst_cell_deviation_v * 1000
-        lines.append(f"worst cell   number {summary.worst_cell + 1}, {millivolt:+.1f} mV from the pack's median")
+        lines.append(f"worst cell   {summary.worst_cell} (counted from 0), {millivolt:+.1f} mV from the pack's median")
     else:
         lines.append("worst cell   none")
     lines.append(f"alerts       {summary.alerts_raised} raised")

@@ -96,6 +96,8 @@ def report(spec: RideSpec, block: Block, row: int, second: int, counters: dict[s
         known = {k: _rounded(v) for k, v in state.items()}
         return json.dumps({**known, **counters})
     fault = f"{spec.fault} {block.level:.1f}/4" if spec.fault else "healthy"
+    if math.isnan(value["Vehicle.Speed"]):  # the bus itself was silent for this second
+        return f"{spec.vehicle_id}  {second // 60:4d} min  {state['mode']:<11}  no values this second  {fault}"
     return (
         f"{spec.vehicle_id}  {second // 60:4d} min  {state['mode']:<11}  {state['speed_kmh']:5.1f} km/h  "
         f"SOC {state['soc_percent']:4.1f} %  {state['pack_v']:5.1f} V {state['pack_a']:+7.1f} A  "

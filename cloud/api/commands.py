@@ -43,8 +43,8 @@ def serve(
 ) -> None:
     """Serve the fleet API, and collect from the MQTT broker, in one process.
 
-    A broker that is away is waited for (/health says so); a port in use, a wrong bundle or a wrong
-    database is an error at once.
+    A broker that is away is waited for (/health says so); a port in use, a wrong bundle, a wrong
+    database URL or a file that is no database is an error at once; a database server that is away is waited for.
     """
     settings = dataclasses.replace(Settings.from_environment(), bundle=bundle, schema=schema, broker=broker)
     if database:

@@ -5,6 +5,7 @@ A store or broker that is away at the start is not fatal: both are tried again, 
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import random
 import time
@@ -49,9 +50,12 @@ class Service:
         self.collector: Collector | None = None
         if settings.broker is not None:
             host, port = parse_broker(settings.broker)
+            # one session a store: two clouds on one broker each get everything, instead of taking turns
+            store = hashlib.sha256(self.store.name.encode()).hexdigest()[:12]
             config = CollectorConfig(
-                host=host, port=port, username=settings.broker_username, password=settings.broker_password
-            )
+                host=host, port=port, username=settings.broker_username, password=settings.broker_password,
+                client_id=f"voltwatch-collector-{store}",
+            )  # fmt: skip
             self.collector = Collector(self.store, config, wall=self.wall)
         self.sockets = 0
         self._tasks: list[asyncio.Task[None]] = []

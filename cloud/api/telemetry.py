@@ -124,7 +124,7 @@ class TelemetryService:
         self.counters["alerts"] += len(alerts)
         return TelemetryReply(
             vehicle_id=vehicle_id,
-            frames_accepted=len(telemetry.frames),
+            frames_accepted=len(telemetry.frames) - _more("rows_late", vehicle.pipeline.counters, before),
             window=self._progress(vehicle),
             prediction=predictions[-1] if predictions else None,
             predictions=len(predictions),
@@ -380,14 +380,14 @@ class TelemetryService:
     def _notes(self, now: dict[str, int], before: dict[str, int]) -> list[str]:
         notes = [] if self._bundle else ["no bundle: guards only, nothing is predicted"]
         words = {
-            "rows_late": "frames came too late to be put in their place and were left out",
-            "values_out_of_range": "values were outside their signal's range and count as missing",
-            "values_not_finite": "values were not usable and count as missing",
+            "rows_late": "frames that came too late to be put in their place, and were left out",
+            "values_out_of_range": "values outside their signal's range, which count as missing",
+            "values_not_finite": "values that were not usable, and count as missing",
         }
         for name, text in words.items():
-            more = now.get(name, 0) - before.get(name, 0)
+            more = _more(name, now, before)
             if more > 0:
-                notes.append(f"{more} {text}")
+                notes.append(f"{text}: {more}")
         return notes
 
 
@@ -399,6 +399,10 @@ def _builder(vehicle_id: str, event_id: str, when: str, alert: messages.Alert) -
         )  # fmt: skip
 
     return build
+
+
+def _more(name: str, now: dict[str, int], before: dict[str, int]) -> int:
+    return now.get(name, 0) - before.get(name, 0)
 
 
 def _newest_scores(prediction: Prediction) -> dict[str, float | None]:

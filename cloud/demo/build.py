@@ -24,6 +24,7 @@ FLEET_VEHICLES = 60
 FLEET_DAYS = 5
 FLEET_HOURS_A_DAY = 1.5
 FLEET_SEED = 7
+_OWN_END_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,26 @@ def build(work: Path, say: Callable[[str], None]) -> None:
         if step.makes.is_dir():
             shutil.rmtree(step.makes)
         began = time.monotonic()
-        if subprocess.run(step.command, check=False, cwd=ROOT).returncode != 0:
+        if _run(step.command) != 0:
             raise UnavailableError(
                 f"the step {step.name!r} failed (its own message stands above): {_typed(step.command)}"
             )
         stamp.write_text(fingerprint)
         say(f"  done in {time.monotonic() - began:.0f} s")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run to the end; when this process is told to stop, so is the command, and nothing of it stays."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        return process.wait()
+    except BaseException:
+        try:
+            process.wait(_OWN_END_S)  # Ctrl-C in a terminal has reached it too
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
 
 
 def _fingerprint(step: Step, before: str) -> str:

@@ -1,5 +1,6 @@
 """`fleet-cloud demo`: build what is not valid any more, start the processes, follow them until an alert or Ctrl-C."""
 
+import os
 import shutil
 import signal
 import sys
@@ -118,7 +119,11 @@ def broker_command(work: Path, port: int) -> tuple[str, ...]:
     if mosquitto is None:
         return (sys.executable, "-m", "cloud", "broker", "--port", str(port))
     config = work / "mosquitto.conf"
-    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nmax_queued_messages 0\n")
+    # as root it would become another user, and the kernel would forget to end it with the demo
+    user = "user root\n" if os.geteuid() == 0 else ""
+    config.write_text(
+        f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nmax_queued_messages 0\n{user}"
+    )
     return (mosquitto, "-c", str(config))
 
 
@@ -154,8 +159,7 @@ def _follow(api: FleetApi, processes: Processes, console: Console, speed: float,
                 live.update(screen.lines(vehicles, list(VEHICLES)))
             elif time.monotonic() >= next_plain:
                 next_plain = time.monotonic() + PLAIN_EVERY_S
-                for line in screen.plain_lines(vehicles, list(VEHICLES)):
-                    print(line, flush=True)
+                console.print(screen.lines(vehicles, list(VEHICLES)))
             for alert in reversed(alerts):
                 if (alert["alert_id"], alert["transitions"]) not in shown:
                     shown.add((alert["alert_id"], alert["transitions"]))

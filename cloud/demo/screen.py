@@ -9,48 +9,37 @@ from rich.text import Text
 
 COLOURS = {"low": "yellow", "medium": "dark_orange", "high": "red", "critical": "bold red"}
 _HOT = 0.5  # of a probability, from which a line is shown in colour
+_OF_CELLS = ("battery_degradation", "thermal_runaway_risk")
 _LEFT_OUT = ("anomaly_score", "worst_cell", "worst_cell_deviation_v", "failure_probability")
 
 
 def lines(vehicles: list[dict[str, Any]], expected: list[str]) -> RenderableType:
-    """One line a vehicle: time on its own clock, state of charge, scores of the newest window, open alerts."""
-    table = Table.grid(padding=(0, 2))
+    """One line a vehicle, at most 80 columns: its time, state of charge, newest scores, ▲ while an alert is open."""
     known = {vehicle["vehicle_id"]: vehicle for vehicle in vehicles}
-    for name in expected:
-        table.add_row(*_line(name, known.get(name)))
-    return table
+    return Group(*(_line(name, known.get(name)) for name in expected))
 
 
-def plain_lines(vehicles: list[dict[str, Any]], expected: list[str]) -> list[str]:
-    """Return the same as text, for a log."""
-    known = {vehicle["vehicle_id"]: vehicle for vehicle in vehicles}
-    return ["  ".join(cell.plain for cell in _line(name, known.get(name))) for name in expected]
-
-
-def _line(name: str, vehicle: dict[str, Any] | None) -> list[Text]:
+def _line(name: str, vehicle: dict[str, Any] | None) -> Text:
+    line = Text(f"{name:<8}", style="bold", no_wrap=True, overflow="ellipsis")
     if vehicle is None:
-        return [Text(name, style="bold"), Text("starting")]
-    cells = [Text(name, style="bold"), Text(vehicle["state"], style="green" if vehicle["state"] == "online" else "red")]
-    cells.append(Text((vehicle.get("last_arrival") or "no data yet")[11:19] or "no data yet"))
+        return line.append("starting", style="not bold")
+    state = str(vehicle["state"])
+    line.append(f"{state:<9}", style="not bold green" if state == "online" else "not bold red")
+    line.append(f"{(vehicle.get('last_arrival') or '')[11:19]:<10}", style="not bold")
     charge = vehicle.get("state_of_charge_percent")
-    cells.append(Text(f"SOC {charge:.0f} %" if charge is not None else ""))
+    line.append(f"SOC {charge:3.0f} %  " if charge is not None else " " * 11, style="not bold")
     scores = vehicle.get("scores") or {}
     failure = scores.get("failure_probability")
     if failure is None:
-        seconds = (vehicle.get("counters") or {}).get("window_filled_s")
-        cells.append(Text("filling the first window of 300 s" if seconds is None else f"window {seconds} s of 300 s"))
-        return cells
-    cells.append(Text(f"failure {failure:.2f}", style="red" if failure >= _HOT else "green"))
+        return line.append("filling the first window of 300 s", style="not bold")
+    line.append(f"failure {failure:.2f}  ", style="not bold red" if failure >= _HOT else "not bold green")
     types = {k: v for k, v in scores.items() if k not in _LEFT_OUT and v is not None}
     worst = max(types, key=lambda k: types[k], default=None)
-    hot = worst is not None and types[worst] >= _HOT
-    cells.append(Text(f"{worst} {types[worst]:.2f}" if worst is not None and hot else "", style="red"))
-    cells.append(Text(f"anomaly {scores['anomaly_score']:.2f}" if scores.get("anomaly_score") is not None else ""))
-    opened = vehicle.get("open_alerts") or []
-    cells.append(
-        Text(f"▲ {', '.join(sorted({a['failure_type'] for a in opened}))}" if opened else "", style="bold red")
-    )
-    return cells
+    if worst is not None and types[worst] >= _HOT:
+        line.append(f"{worst} {types[worst]:.2f} ", style="not bold red")
+    if vehicle.get("open_alerts"):
+        line.append("▲", style="bold red")
+    return line
 
 
 def alert(body: dict[str, Any], address: str) -> RenderableType:
@@ -64,8 +53,11 @@ def alert(body: dict[str, Any], address: str) -> RenderableType:
         facts.add_row("probability", f"{body['type_probability']:.2f}")
     facts.add_row("since", f"{body['since']} (the vehicle's clock)")
     facts.add_row("model", f"release {body['model_release']}, {body['model_name']}")
-    if body.get("worst_cell") is not None:
-        facts.add_row("worst cell", f"{body['worst_cell']} ({(body.get('worst_cell_deviation_v') or 0) * 1e3:+.0f} mV)")
+    if body.get("worst_cell") is not None and body["failure_type"] in _OF_CELLS:
+        facts.add_row(
+            "worst cell",
+            f"{body['worst_cell']}, counted from 0 ({(body.get('worst_cell_deviation_v') or 0) * 1e3:+.0f} mV)",
+        )
     for number, item in enumerate(body.get("evidence") or []):
         facts.add_row("evidence" if number == 0 else "", _evidence(item))
     facts.add_row("read back", f"{address}/alerts?vehicle_id={body['vehicle_id']}")

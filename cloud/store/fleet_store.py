@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from cloud.store import connect, reading, writing
 from cloud.store.items import Item, PipelineState, TelemetryCommit, Written
 from cloud.store.migrate import migrate
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 
 
 class StoreAwayError(UnavailableError):
@@ -34,9 +34,17 @@ class FleetStore:
         return cls(connect.open_engine(url))
 
     async def prepare(self) -> None:
-        """Create or upgrade the tables. Raises `ConfigError` when a newer release has been here."""
-        with self._away():
-            await migrate(self.engine)
+        """Create or upgrade the tables.
+
+        Raises `ConfigError` when a newer release has been here, or when the file is no database of ours.
+        """
+        try:
+            with self._away():
+                await migrate(self.engine)
+        except StoreAwayError as error:
+            if "not a database" in str(error):  # SQLITE_NOTADB: waiting would not help
+                raise ConfigError(f"{error}; name another file in --database or DATABASE_URL") from error
+            raise
 
     async def commit(self, items: Sequence[Item], *, received_at_s: float) -> Written:
         """Store a batch in one transaction."""

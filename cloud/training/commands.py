@@ -5,7 +5,9 @@ Heavy imports stand inside the commands: `--help` answers at once, and `prepare`
 
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +42,8 @@ def prepare(
     # forkserver: workers start from a clean process that has the heavy imports done once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cloud.training.vehicle"])
-    with _progress() as progress, ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context) as executor:
+    pool = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context, initializer=_end_with_parent)
+    with _progress() as progress, pool as executor:
         executor.submit(int)  # starts the server, which imports while this process does the same
         from cloud.training.prepare import prepare_dataset
 
@@ -57,6 +60,14 @@ def prepare(
     for split, n in info.counts.items():
         _say(f"{split:<10} {n['vehicles']:>4} vehicles {n['windows']:>7} windows {n['episodes']:>4} failures")
     _say(f"dataset    {output} ({len(info.features)} features, {'labelled' if info.labelled else 'no labels'})")
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the command does, also by a signal that left it no time to say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        watch = threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True)
+        watch.start()
 
 
 def train(

@@ -97,6 +97,11 @@ def parse_mapping(text: bytes | str, origin: str) -> Mapping:
         table = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"mapping {origin}: not valid TOML: {error}") from error
+    for name, rule in table.get("signals", {}).items() if isinstance(table.get("signals"), dict) else ():
+        for key in rule if isinstance(rule, dict) else ():
+            if key not in SignalRule.__struct_fields__:
+                near = _nearest(key, SignalRule.__struct_fields__)
+                raise ConfigError(f"mapping {origin}: unknown key {key!r} in [signals.{name!r}]{near}")
     try:
         mapping = msgspec.convert(table, Mapping)
     except msgspec.ValidationError as error:

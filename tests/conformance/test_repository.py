@@ -62,4 +62,4 @@ def test_in_ci_every_system_package_the_tests_need_is_there() -> None:
     if os.environ.get("CI") != "true":
         pytest.skip("only CI must have them all")
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    assert [name for name in ("mosquitto", "strace") if shutil.which(name, path=path) is None] == []
+    assert [name for name in ("mosquitto", "strace", "ps") if shutil.which(name, path=path) is None] == []

@@ -98,6 +98,7 @@ def test_a_column_of_text_is_one_clear_line_not_a_traceback() -> None:
         (TEXT.replace('column = "v"', "scale = 2.0"), "exactly one of"),
         (TEXT.replace("period_s = 10.0", "period_s = 0"), "above 0"),
         (TEXT.replace("period_s", "perod_s"), "perod_s"),
+        (TEXT.replace("scale = -1.0", "scal = -1.0"), r"unknown key 'scal' in .*CurrentCurrent.*did you mean 'scale'"),
         (TEXT.replace('column = "t"', 'column = "time"'), "time column 'time'"),
     ],
 )

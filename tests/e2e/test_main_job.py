@@ -181,6 +181,52 @@ def test_ctrl_c_ends_the_demo_and_every_process_of_it(workspace: Path, tmp_path:
     assert "Traceback" not in out.read_text()
 
 
+def in_session(leader: int) -> str:
+    """Return the processes of a session that are still there (zombies are not)."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True, check=False
+    )
+    return "\n".join(line for line in listed.stdout.splitlines() if line.split()[1][0] != "Z")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_stop_while_preparing_leaves_no_worker(workspace: Path, tmp_path: Path, number: signal.Signals) -> None:
+    prepare = subprocess.Popen(
+        [*PYTHON, "cloud", "prepare", "--input", str(workspace / "synthetic_data"), "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while in_session(prepare.pid).count("forkserver") < 3:  # the server and two workers
+        assert prepare.poll() is None
+        assert time.monotonic() < deadline, in_session(prepare.pid)
+        time.sleep(0.1)
+    time.sleep(1)  # they are at work
+    os.killpg(prepare.pid, number) if number == signal.SIGINT else prepare.send_signal(number)
+    prepare.wait(30)
+    deadline = time.monotonic() + 10
+    while in_session(prepare.pid):
+        assert time.monotonic() < deadline, in_session(prepare.pid)
+        time.sleep(0.1)
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path, bundle: Path) -> None:
+    recording = tmp_path / "short.csv"
+    rows = "".join(f"{1.7e9 + i},50\n" for i in range(400))
+    recording.write_text("time,Vehicle.Speed\n" + rows)
+    mapping = tmp_path / "m.toml"
+    mapping.write_text('[source.time]\ncolumn = "time"\n[signals."Vehicle.Speed"]\ncolumn = "Vehicle.Speed"\n')
+    words = " ".join([*PYTHON, "edge_agent", "replay", str(recording), "--map", str(mapping), "--bundle", str(bundle)])
+    run = subprocess.run(
+        ["bash", "-c", f"{words} | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert "Traceback" not in run.stderr
+    assert run.returncode in {0, 141}
+
+
 def test_a_port_in_use_is_one_clear_line(workspace: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -240,6 +240,15 @@ async def test_a_store_that_a_newer_release_wrote_is_left_alone(store: FleetStor
         await store.prepare()
 
 
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no database at all, but long enough to be looked at " * 20)
+    store = FleetStore.over(f"sqlite:///{tmp_path}/notes.txt")
+    with pytest.raises(ConfigError, match="not a database"):
+        await store.prepare()
+    await store.close()
+    assert (tmp_path / "notes.txt").read_text().startswith("no database at all")
+
+
 async def test_a_locked_store_says_so_and_takes_the_same_batch_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
