@@ -1,13 +1,10 @@
 """`fleet-cloud`: the commands of the cloud. A command whose extra is not installed says which one it needs."""
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
-import typer
-
 from edge_agent.contract.errors import VoltwatchError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 # command → (module that has it, the extra that installs what it needs)
 COMMANDS = {
@@ -22,7 +19,22 @@ COMMANDS = {
 
 def main() -> None:
     """Run one command; a fault of the user's or the outside's is one line and its exit code, never a traceback."""
+    try:
+        _app()()
+    except VoltwatchError as error:
+        print(f"fleet-cloud: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _app() -> Callable[[], None]:
+    """Register what is installed; only the wanted command's module is imported where one is named."""
     wanted = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    try:
+        import typer  # noqa: PLC0415 - see above
+    except ModuleNotFoundError as error:
+        sys.exit(f"fleet-cloud: error: needs {error.name}: install voltwatch[{COMMANDS[wanted or 'serve'][1]}]")
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    app.callback()(_callback)
     for name in [wanted] if wanted else COMMANDS:
         module, extra = COMMANDS[name]
         try:
@@ -32,17 +44,11 @@ def main() -> None:
                 raise
             if wanted:
                 sys.exit(f"fleet-cloud: error: {name} needs {error.name}: install voltwatch[{extra}]")
-    if wanted:
-        app.callback()(_callback)
-    try:
-        app()
-    except VoltwatchError as error:
-        print(f"fleet-cloud: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    return app
 
 
 def _callback() -> None:
-    """Keep `fleet-cloud NAME` a subcommand where only one is registered."""
+    """Train models, serve the fleet API and collect from vehicles; `fleet-cloud NAME --help` says more."""
 
 
 if __name__ == "__main__":

@@ -1,96 +1,15 @@
-"""`model-export`: build a bundle from trained models, or verify one. Faults are one line and an exit code."""
+"""Entry point of `model-export`: a fault, or an extra that is not installed, is one line and its exit code."""
 
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated
 
-import msgspec
-import typer
-
-from edge_agent.contract.errors import ConfigError, VoltwatchError
-from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
-
-DEFAULT_CONFIG = Path("cloud/config.json")
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-class _Config(msgspec.Struct, frozen=True):
-    """The one key of the training configuration that an export needs."""
-
-    schema: str | None = None
-
-
-def _catalogue(schema: Path | None, config: Path | None) -> Catalogue:
-    """Return the catalogue of `schema`, else of the configuration, else the electric vehicle's own."""
-    path = schema
-    if path is None and (config is not None or DEFAULT_CONFIG.is_file()):
-        origin = config or DEFAULT_CONFIG
-        try:
-            named = msgspec.json.decode(origin.read_bytes(), type=_Config).schema
-        except OSError as error:
-            raise ConfigError(f"config {origin}: cannot be read: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"config {origin}: {error}") from error
-        path = origin.parent / named if named else None
-    if path is None:
-        return default_catalogue()
-    try:
-        return parse_schema(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(f"schema {path}: cannot be read: {error.strerror}") from error
-
-
-@app.command()
-def build(
-    *,
-    models: Annotated[Path, typer.Option(help="What `fleet-cloud train` wrote.")] = Path("models"),
-    datasets: Annotated[Path, typer.Option(help="What `fleet-cloud prepare` wrote.")] = Path("datasets"),
-    output: Annotated[Path, typer.Option(help="Directory of the bundle; replaced when it holds one.")] = Path("bundle"),
-    release: Annotated[int, typer.Option(min=1, help="Release counter: every release has a greater one.")] = 1,
-    config: Annotated[Path | None, typer.Option(help="Training configuration, for its schema.")] = None,
-    schema: Annotated[Path | None, typer.Option(help="Schema file, instead of the configuration's.")] = None,
-) -> None:
-    """Build one graph from raw window to scores, prove that it answers as the models do, and write the bundle."""
-    from export import bundle  # noqa: PLC0415 - torch takes seconds to import; --help and a typo must not wait
-
-    built = bundle.build(
-        models,
-        datasets,
-        output,
-        catalogue=_catalogue(schema, config),
-        release=release,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
-    )
-    for check in built.checks:
-        typer.echo(f"  {check}")
-    for name, entry in built.manifest.files.items():
-        typer.echo(f"  {name}: {entry.length:,} bytes")
-    typer.echo(
-        f"{built.path}: release {built.manifest.release}, heads {', '.join(built.manifest.heads)}, "
-        f"state {built.manifest.state_id}, bundle {built.sha256[:12]}"
-    )
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    config: Annotated[Path | None, typer.Option(help="Training configuration, for its schema.")] = None,
-    schema: Annotated[Path | None, typer.Option(help="Schema file, instead of the configuration's.")] = None,
-) -> None:
-    """Hash every file again, load the graph, replay the golden vectors."""
-    from export import bundle  # noqa: PLC0415 - see build
-
-    manifest, cases, worst = bundle.verify(path, _catalogue(schema, config))
-    typer.echo(
-        f"{path}: release {manifest.release} is whole; {cases} golden cases agree (largest difference {worst:.1e})"
-    )
+from edge_agent.contract.errors import VoltwatchError
 
 
 def main() -> None:
-    """Run one command; a fault of the user's or the outside's is one line and its exit code, never a traceback."""
+    """Run one command; a fault of the user's or the outside's is never a traceback."""
     try:
+        from export.commands import app  # noqa: PLC0415 - typer may not be installed
+
         app()
     except VoltwatchError as error:
         print(f"model-export: error: {error}", file=sys.stderr)

@@ -39,6 +39,15 @@ def test_importing_a_service_pulls_in_no_training_library(module: str) -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(("module", "extra"), [("cloud", "cloud"), ("export", "training"), ("firmware_sim", "sim")])
+def test_a_command_whose_extra_is_absent_says_which_one_it_needs(module: str, extra: str) -> None:
+    code = f"import sys; sys.modules['typer'] = None; from {module}.__main__ import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 1
+    assert f"needs typer: install voltwatch[{extra}]" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def tracked() -> list[str]:
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():

@@ -313,7 +313,7 @@ def test_a_fault_of_the_user_is_one_line_and_an_exit_code(trained, tmp_path, cap
 
 
 def test_the_command_helps_without_loading_torch():
-    program = "import sys; from export.__main__ import app; assert 'torch' not in sys.modules; print('ok')"
+    program = "import sys; from export.commands import app; assert 'torch' not in sys.modules; print('ok')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "ok\n", done.stderr
 
