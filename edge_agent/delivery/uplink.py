@@ -4,7 +4,8 @@ Promises, whatever the order of events: a message is released only by the collec
 not delivery); it is sent again until then; live alerts go before backlog, alerts before drift before samples, and each
 stream's backlog in order; no more than `window` messages lie between us and the broker and `outstanding` between us
 and the collector, so that nobody's queue overflows in silence; a message the broker will not take is set aside, but
-only on proof that it takes others. Bytes, sockets and files are left to others.
+only on proof that it takes others, and one the collector never acknowledges only on its acks for later ones: a
+collector that is away costs nothing, however long. Bytes, sockets and files are left to others.
 
     message:  waiting ──send──► sent ──puback──► taken ──ack──► (released)
                  ▲                │ link lost       │ no ack in time
@@ -35,7 +36,7 @@ class Limits:
     ack_timeout_max_s: float = 600.0
     backoff_first_s: float = 1.0
     backoff_max_s: float = 60.0
-    max_failures: int = 8  # then quarantine; each needs proof in between that other messages get through
+    max_failures: int = 8  # then quarantine; each needs proof of its own that other messages get through
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,11 @@ class _Message:
     sends: int = 0
     due_s: float = -math.inf  # waiting: not before; taken: sent again then
     suspicion: int = 0  # links lost while it lay in the window
-    failures: int = 0
+    failures: int = 0  # of the broker to take it
     proof_seen: int = -1
-    reason: str = ""
+    unacked: int = 0  # times that the collector passed over it
+    first_sent: int = 0  # place of its first and of its latest sending among all sendings
+    last_sent: int = 0
 
 
 @dataclass(slots=True)
@@ -106,7 +109,9 @@ class Uplink:
     _retry_s: float = -math.inf
     _attempts: int = 0
     _window: int = 0
-    _proofs: int = 0
+    _proofs: int = 0  # that the broker takes messages
+    _sendings: int = 0
+    _acked_sending: int = 0  # newest first sending among what the collector acknowledged: it got at least so far
     _tokens: float = 0.0
     _tokens_s: float = -math.inf
 
@@ -231,10 +236,10 @@ class Uplink:
             self.counters["acks_repeated"] += not found
             released.extend(set(found).difference(early))
         for seq in released:
+            self._acked_sending = max(self._acked_sending, self._messages[stream, seq].first_sent)
             self._forget((stream, seq))
         if released:
             self.counters["acked"] += len(released)
-            self._proofs += 1
             for key in self._outstanding:  # the collector is there: what it missed need not wait for ten minutes
                 if self._messages[key].due_s > now_s + self.limits.ack_timeout_s:
                     self._set_timer(key, now_s + self._ack_patience_s(1))
@@ -281,6 +286,8 @@ class Uplink:
         self.counters["resends"] += message.sends > 0
         message.phase, message.maybe_sent, message.live = "sent", True, False
         message.sends += 1
+        self._sendings += 1
+        message.first_sent, message.last_sent = message.first_sent or self._sendings, self._sendings
         message.due_s = math.inf
         self._in_network.add(key)
         self._outstanding.add(key)
@@ -295,7 +302,9 @@ class Uplink:
             message.due_s = -math.inf
             if message.phase == "taken":  # no ack in time
                 message.phase = "waiting"
-                if not self._count_failure(key, message, "the collector never acknowledges it"):
+                message.unacked += self._acked_sending > message.last_sent  # else nobody may be there to acknowledge
+                if message.unacked >= self.limits.max_failures:
+                    self._condemned.append((key, "the collector never acknowledges it, but later ones"))
                     continue
             self._queue(key, message)
 

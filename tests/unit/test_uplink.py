@@ -1,6 +1,7 @@
 """The uplink's decisions, stepped with a virtual clock: a day's outage takes milliseconds."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -240,6 +241,78 @@ def test_poison_that_kills_the_connection_goes_alone_and_the_rest_flows() -> Non
             break
     assert set_aside == [7]
     assert delivered == set(range(1, 21)) - {7}
+
+
+def drive(tested: Uplink, now_s: float, until_s: float, acks: Callable[[Send], bool]) -> tuple[float, list[Quarantine]]:
+    """Run against a broker that takes everything, a status too, and a collector that acks what `acks` says."""
+    set_aside, status_s = [], now_s
+    while now_s < until_s:
+        if now_s >= status_s:
+            tested.proven()
+            status_s += 30.0
+        action = tested.next(now_s)
+        if isinstance(action, Quarantine):
+            set_aside.append(action)
+        elif isinstance(action, Send):
+            tested.puback(action.stream, action.seq, now_s + 0.01)
+            if acks(action):
+                tested.acked(IDS[action.stream], [(action.seq, action.seq)], now_s + 0.02)
+        else:
+            assert isinstance(action, Wait)
+            now_s = max(now_s + 0.01, min(action.until_s, status_s, until_s))
+    return now_s, set_aside
+
+
+def test_a_collector_that_is_away_for_a_day_while_the_broker_takes_everything_costs_nothing() -> None:
+    tested = uplink()
+    now, set_aside = 0.0, []
+    for hour in range(24):
+        for seq in range(10 * hour + 1, 10 * hour + 11):
+            tested.appended("alert", seq)
+            tested.appended("sample", seq)
+        now, lost = drive(tested, now, 3600.0 * (hour + 1), lambda _: False)
+        set_aside += lost
+    assert set_aside == []
+    assert len(tested._messages) == 480
+    assert tested.counters["resends"] < 128 * 24 * 7  # the back-off: each of those under way at most every ten minutes
+    now, set_aside = drive(tested, now, now + 900.0, lambda _: True)
+    assert set_aside == []
+    assert tested.idle
+    assert tested.counters["acked"] == 480
+
+
+def test_an_ack_for_what_was_sent_before_it_is_no_proof_against_a_message() -> None:
+    tested = uplink(Limits(max_failures=1))
+    now = 0.0
+    for seq in range(1, 10):  # the collector works through its queue, slowly: each ack comes when the next is overdue
+        tested.appended("alert", seq)
+        sends(tested, now)
+        tested.puback("alert", seq, now)
+        now += 700.0
+        if seq > 1:
+            tested.acked("A", [(seq - 1, seq - 1)], now)
+        action = tested.next(now)
+        assert isinstance(action, Send)
+        tested.puback("alert", action.seq, now)
+    assert not tested.counters["quarantined"]
+
+
+def test_poison_that_the_collector_passes_over_is_set_aside_only_after_acks_for_later_ones() -> None:
+    tested = uplink()
+    tested.appended("alert", 1)
+    now, set_aside = drive(tested, 0.0, 24 * 3600.0, lambda _: False)
+    assert set_aside == []
+    rounds = 0
+    for seq in range(2, 40):
+        tested.appended("sample", seq)
+        now, set_aside = drive(tested, now, now + 700.0, lambda sent: sent.seq != 1)
+        rounds += 1
+        if set_aside:
+            break
+    assert [(q.stream, q.seq) for q in set_aside] == [("alert", 1)]
+    assert "never acknowledges it" in set_aside[0].reason
+    assert rounds >= Limits().max_failures
+    assert tested.idle
 
 
 def test_a_bad_link_never_sets_anything_aside() -> None:
