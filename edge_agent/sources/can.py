@@ -104,7 +104,7 @@ class Decoder:
         return {column: float(values[name]) for name, column in entry.wanted if name in values}
 
     def _check_counter(self, key: tuple[int, bool], entry: _Entry, values: Mapping[str, Any], frame: CanFrame) -> None:
-        if not entry.counter:
+        if entry.counter not in values:  # none, or in another branch of a multiplexed message
             return
         count = int(values[entry.counter])
         last = self._last_counter.get(key)
@@ -129,7 +129,7 @@ class CanSource:
     """Reads a bus in a thread of its own and hands out blocks of arrivals.
 
     `open_bus` opens it (again); `now` gives seconds of the agent's timeline. A bus that cannot be opened is tried again
-    with growing pauses; `problem` says so in plain words, and is empty while it is open.
+    with growing pauses, whatever its driver raised; `problem` says so in plain words, and is empty while it is open.
     """
 
     def __init__(
@@ -149,14 +149,23 @@ class CanSource:
         self._thread = threading.Thread(target=self._receive, name="can", daemon=True)
         self._received = 0
         self._taken = 0
+        self._failures = 0
+        self._problem = "CAN bus not open yet"
         self.masked = Masked()
-        self.problem = "CAN bus not open yet"
+
+    @property
+    def problem(self) -> str:
+        """Why no frames come, in plain words; empty while the bus is open and read."""
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._stopping.is_set():
+            return "CAN bus: its reader has ended; restart the agent"
+        return self._problem
 
     @property
     def counters(self) -> dict[str, int]:
-        """Counts of the decoder, frames received, and frames dropped because the pipeline lagged."""
+        """Counts of the decoder, of frames received, of those dropped as the pipeline lagged, of driver failures."""
         dropped = max(0, self._received - self._taken - len(self._queue))
-        return {**self._decoder.counters, "frames_received": self._received, "frames_dropped": dropped}
+        counts = {**self._decoder.counters, "frames_received": self._received, "frames_dropped": dropped}
+        return {**counts, "reader_failures": self._failures} if self._failures else counts
 
     def start(self) -> None:
         """Begin to receive."""
@@ -200,21 +209,31 @@ class CanSource:
         return self._mapping.convert(columns, np.array([time for time, _ in rows]), self.masked)
 
     def _receive(self) -> None:
-        pause_s = REOPEN_FIRST_S
+        pause_s, traced = REOPEN_FIRST_S, ""
         while not self._stopping.is_set():
             try:
                 with self._open_bus() as bus:
                     event(log, "bus", state="open")
-                    self.problem, pause_s = "", REOPEN_FIRST_S
+                    self._problem, pause_s = "", REOPEN_FIRST_S
                     self._receive_from(bus)
             except (can.CanError, SourceError, OSError, ValueError, TypeError, EOFError) as error:
                 # ValueError and TypeError: slcan on a line that was cut in half
-                problem = f"CAN bus: {error}"
-                if problem != self.problem:
-                    event(log, "bus", level=logging.WARNING, state="closed", reason=str(error))
-                self.problem = problem
-                self._stopping.wait(pause_s)
-                pause_s = min(2 * pause_s, REOPEN_MAX_S)
+                pause_s = self._closed(f"CAN bus: {error}", pause_s)
+            except Exception as error:  # a driver's own: termios.error of a line that was cut is no OSError
+                self._failures += 1
+                problem = f"CAN bus: {type(error).__name__}: {error}"
+                if problem != traced:  # once: a bus that opens and fails again would fill the log
+                    log.exception("can reader failed")
+                traced = problem
+                pause_s = self._closed(problem, pause_s)
+
+    def _closed(self, problem: str, pause_s: float) -> float:
+        """Say so, once for each new reason, and pause; returns how long to pause next time."""
+        if problem != self._problem:
+            event(log, "bus", level=logging.WARNING, state="closed", reason=problem.removeprefix("CAN bus: "))
+        self._problem = problem
+        self._stopping.wait(pause_s)
+        return min(2 * pause_s, REOPEN_MAX_S)
 
     def _receive_from(self, bus: can.BusABC) -> None:
         while not self._stopping.is_set():

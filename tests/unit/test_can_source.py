@@ -1,10 +1,14 @@
 """CAN frames: what is believed, what is refused, and that nothing else can happen."""
 
+import struct
+import termios
 import threading
 import time
 from pathlib import Path
+from typing import Self
 
 import can
+import cantools
 import numpy as np
 import pytest
 from hypothesis import given
@@ -187,6 +191,65 @@ def test_a_serial_line_that_another_agent_reads_is_left_to_it(tmp_path: Path) ->
     wait_for(lambda: adapter.opened == 2, what="the second takes over")
     second.stop()
     adapter.close()
+
+
+class FailingBus:
+    """A bus whose driver raises what no list of errors foresees, and that is well from the third opening on."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.openings = error, 0
+
+    def __enter__(self) -> Self:
+        self.openings += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def recv(self, timeout_s: float) -> can.Message | None:
+        if self.openings < 3:
+            raise self.error
+        time.sleep(timeout_s / 10)
+        frame_id, data = Ecu().second(380.0, 25.0)[0]
+        return can.Message(arbitration_id=frame_id, data=data, is_extended_id=False)
+
+
+@pytest.mark.parametrize("error", [termios.error(5, "Input/output error"), struct.error("short"), KeyError("x")])
+def test_whatever_a_driver_raises_is_counted_and_the_bus_is_opened_again(error: Exception) -> None:
+    bus = FailingBus(error)
+    tested = source(bus)  # type: ignore[arg-type]
+    tested.start()
+    wait_for(lambda: type(error).__name__ in tested.problem, what="the problem is told")
+    wait_for(lambda: tested.counters["frames_received"] > 0, what="it is read again")
+    assert tested.problem == ""
+    assert tested.counters["reader_failures"] == 2
+    tested.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_that_has_ended_is_a_problem() -> None:
+    tested = source(FailingBus(SystemExit("a driver may do even this")))  # type: ignore[arg-type]
+    tested.start()
+    wait_for(lambda: not tested._thread.is_alive(), what="the end of the reader")
+    assert "its reader has ended" in tested.problem
+    tested.stop()
+
+
+def test_a_counter_in_another_branch_of_a_multiplexed_message_is_no_counter() -> None:
+    dbc = """VERSION ""
+BU_: A
+BO_ 100 M: 8 A
+ SG_ Mux M : 0|8@1+ (1,0) [0|255] "" A
+ SG_ M_Counter m0 : 8|4@1+ (1,0) [0|15] "" A
+ SG_ V m0 : 16|8@1+ (1,0) [0|255] "" A
+ SG_ W m1 : 16|8@1+ (1,0) [0|255] "" A
+"""
+    tested = Decoder(cantools.database.load_string(dbc), ["M.V", "M.W"])
+    for _ in range(3):
+        assert tested.decode(CanFrame(0.0, 100, bytes([1, 0, 5, 0, 0, 0, 0, 0]))) == {"M.W": 5.0}
+    assert tested.decode(CanFrame(0.0, 100, bytes([0, 1, 7, 0, 0, 0, 0, 0]))) == {"M.V": 7.0}
+    with pytest.raises(FrameError, match="counter stays"):
+        tested.decode(CanFrame(0.0, 100, bytes([0, 1, 7, 0, 0, 0, 0, 0])))
 
 
 def test_a_flood_is_bounded_in_memory_and_counted() -> None:
