@@ -80,8 +80,20 @@ class Config(Section, frozen=True, kw_only=True):
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration file. Raises `ConfigError`, one line that names the file, the key and what to do."""
-    return parse_config(read_text(path, "config"), str(path), path.resolve().parent)
+    """Read a configuration file. Raises `ConfigError`, one line that names the file, the key and what to do.
+
+    The files of TLS must be there and readable: without them no broker is ever reached.
+    """
+    config = parse_config(read_text(path, "config"), str(path), path.resolve().parent)
+    for key in ("ca", "certificate", "key"):
+        file = getattr(config.mqtt, key)
+        try:
+            if file:
+                Path(file).open("rb").close()
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror).lower()
+            raise ConfigError(f"config {path}: mqtt.{key} {file}: {reason}") from error
+    return config
 
 
 def parse_config(text: str, origin: str, folder: Path) -> Config:

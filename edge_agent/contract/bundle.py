@@ -185,10 +185,20 @@ def parse_manifest(text: bytes, origin: str) -> Manifest:
 
 
 def parse_thresholds(text: bytes, origin: str) -> Thresholds:
-    """Read thresholds. Raises `BundleError` when malformed or when `active` names no policy."""
+    """Read thresholds. Raises `BundleError` when malformed or when `active` names no policy.
+
+    So it does when a type would clear above where it is raised; what is no finite number is no JSON.
+    """
     thresholds = _parse(text, Thresholds, f"{origin}/{THRESHOLDS}")
     if thresholds.active not in thresholds.policies:
         raise BundleError(f"{origin}/{THRESHOLDS}: active policy {thresholds.active!r} is not among its policies")
+    for name, policy in thresholds.policies.items():
+        for failure_type, threshold in policy.types.items():
+            if threshold.clear_below > threshold.raise_at:
+                raise BundleError(
+                    f"{origin}/{THRESHOLDS}: policy {name!r}: {failure_type!r} clears below {threshold.clear_below}, "
+                    f"above where it is raised ({threshold.raise_at})"
+                )
     return thresholds
 
 

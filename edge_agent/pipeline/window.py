@@ -299,13 +299,16 @@ class Windower:
             first=self._first, end=self._end, last_s=self._last_s, last_window_s=self._last_window_s,
             starts=self.starts, stale=self.stale,
             lanes=tuple(tuple(a.copy() for a in _arrays(lane)) for lane in self._lanes),
+            spec=self.spec, period_s=self.period_s,
         )  # fmt: skip
 
     def restore(self, state: "WindowState", shift_s: float = 0.0) -> None:
         """Go on from `state`; a shift of time that is not a whole number of frames starts a new window.
 
-        Raises `ValueError` when the state is of another shape.
+        Raises `ValueError` when the state is of another shape, window or period: its indices count other frames.
         """
+        if (state.spec, state.period_s) != (self.spec, self.period_s):
+            raise ValueError("window state of another window or period")
         for lane, arrays in zip(self._lanes, state.lanes, strict=True):
             if any(mine.shape != a.shape for mine, a in zip(_arrays(lane), arrays, strict=True)):
                 raise ValueError("window state of another shape")
@@ -333,6 +336,8 @@ class WindowState(msgspec.Struct, frozen=True, kw_only=True):
     starts: int
     stale: tuple[str, ...]
     lanes: tuple[tuple[npt.NDArray[Any], ...], ...]
+    spec: WindowSpec | None = None  # None: kept by an agent that did not say, so no window of ours
+    period_s: float = 0.0
 
 
 def _arrays(lane: _Lane) -> tuple[npt.NDArray[Any], ...]:

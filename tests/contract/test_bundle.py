@@ -71,6 +71,13 @@ def test_thresholds_and_drift_reference_are_held_against_themselves() -> None:
     assert bundle.parse_thresholds(text, "b").policy.types["x"].raise_at == 0.5
     with pytest.raises(BundleError, match="active policy"):
         bundle.parse_thresholds(text.replace(b'"active": "p"', b'"active": "q"'), "b")
+    for wrong, says in (
+        (b'"clear_below": 0.51', "'x' clears below 0.51, above where it is raised"),
+        (b'"clear_below": -1e999', "b/thresholds.json"),
+        (b'"clear_below": NaN', "b/thresholds.json"),
+    ):
+        with pytest.raises(BundleError, match=says):
+            bundle.parse_thresholds(text.replace(b'"clear_below": 0.3', wrong), "b")
     variable = {"name": "v", "kind": "signal", "edges": [0.0, 1.0], "counts": {"all": [1, 2, 3, 0]}}
     bundle.parse_drift_reference(json.dumps({"variables": [variable]}).encode(), "b")
     variable["counts"] = {"all": [1, 2, 3]}

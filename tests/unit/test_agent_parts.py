@@ -9,7 +9,7 @@ import pytest
 from edge_agent import health, logs
 from edge_agent.agent import retained_current
 from edge_agent.clock import RELEASE_FLOOR_S, ScaledClock, SystemClock, TimeFloor, from_iso
-from edge_agent.config import parse_config
+from edge_agent.config import load_config, parse_config
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.messages import Current, decode_current, decode_status
 from edge_agent.pipeline.alerts import iso
@@ -63,6 +63,19 @@ def test_a_typo_is_refused_with_the_nearest_key(change: tuple[str, str], says: s
     assert says in str(error.value)
     assert str(error.value).startswith("config c.toml: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["ca", "certificate", "key"])
+def test_a_missing_file_of_tls_is_refused_with_its_key(tmp_path: Path, key: str) -> None:
+    for name in {"ca", "certificate", "key"} - {key}:
+        (tmp_path / f"{name}.pem").touch()
+    path = tmp_path / "agent.toml"
+    path.write_text(GOOD + '[mqtt]\nca = "ca.pem"\ncertificate = "certificate.pem"\nkey = "key.pem"\n')
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value) == f"config {path}: mqtt.{key} {tmp_path / key}.pem: no such file"
+    (tmp_path / f"{key}.pem").touch()
+    assert load_config(path).mqtt.ca == str(tmp_path / "ca.pem")
 
 
 def test_a_scaled_clock_keeps_wall_and_monotonic_in_step_and_is_never_trusted() -> None:

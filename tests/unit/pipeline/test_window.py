@@ -241,3 +241,20 @@ def test_state_restored_in_another_windower_goes_on_exactly() -> None:
     ended = first.push(block.take(slice(0, 433)))
     second.restore(first.state())
     assert same(whole, ended + run(second, [block.take(slice(433, None))]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "period_s"),
+    [
+        (WindowSpec(period_s=2.0, stride_s=120.0), 2.0),
+        (WindowSpec(stride_s=30.0), 1.0),
+        (WindowSpec(), 2.0),
+    ],
+)
+def test_a_state_of_another_window_or_period_is_refused_and_changes_nothing(spec: WindowSpec, period_s: float) -> None:
+    first, second = windower(), windower(spec=spec, period_s=period_s)
+    first.push(ramp(np.arange(433.0)))
+    with pytest.raises(ValueError, match="another window or period"):
+        second.restore(first.state())
+    assert second.state().first is None
+    assert second.warming_s == spec.length_s
