@@ -10,7 +10,9 @@ import typer
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
 
-DEFAULT_CONFIG = Path("cloud/config.json")
+# a data file that `fleet-cloud` reads too, where the cloud part is installed; not an import of it
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "cloud" / "config.json"
+CONFIG_HELP = "Training configuration, for its schema; default: the one that comes with fleet-cloud."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -22,7 +24,7 @@ class _Config(msgspec.Struct, frozen=True):
 
 
 def _catalogue(schema: Path | None, config: Path | None) -> Catalogue:
-    """Return the catalogue of `schema`, else of the configuration, else the electric vehicle's own."""
+    """Return the catalogue of `schema`, else of the configuration (given, or fleet-cloud's), else the vehicle's own."""
     path = schema
     if path is None and (config is not None or DEFAULT_CONFIG.is_file()):
         origin = config or DEFAULT_CONFIG
@@ -48,7 +50,7 @@ def build(
     datasets: Annotated[Path, typer.Option(help="What `fleet-cloud prepare` wrote.")] = Path("datasets"),
     output: Annotated[Path, typer.Option(help="Directory of the bundle; replaced when it holds one.")] = Path("bundle"),
     release: Annotated[int, typer.Option(min=1, help="Release counter: every release has a greater one.")] = 1,
-    config: Annotated[Path | None, typer.Option(help="Training configuration, for its schema.")] = None,
+    config: Annotated[Path | None, typer.Option(help=CONFIG_HELP)] = None,
     schema: Annotated[Path | None, typer.Option(help="Schema file, instead of the configuration's.")] = None,
 ) -> None:
     """Build one graph from raw window to scores, prove that it answers as the models do, and write the bundle."""
@@ -75,7 +77,7 @@ def build(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    config: Annotated[Path | None, typer.Option(help="Training configuration, for its schema.")] = None,
+    config: Annotated[Path | None, typer.Option(help=CONFIG_HELP)] = None,
     schema: Annotated[Path | None, typer.Option(help="Schema file, instead of the configuration's.")] = None,
 ) -> None:
     """Hash every file again, load the graph, replay the golden vectors."""

@@ -74,22 +74,31 @@ def model_card(
         f"In force: **{thresholds.active}**: {thresholds.policy.description}.",
         (f"An alert needs {rule.k} of {rule.n} windows; the same alert not again within {rule.cooldown_s / 60:g} min."),
         "",
-        "| failure type | raise at | clear below |",
-        "|---|---|---|",
+        "| failure type | raise at | clear below | false-alarm budget |",
+        "|---|---|---|---|",
         *(
-            f"| {name} | {t.raise_at:.3f} | {t.clear_below:.3f} |"
+            f"| {name} | {t.raise_at:.3f} | {t.clear_below:.3f} | {_budget(thresholds, name)} |"
             if t.raise_at <= 1.0
-            else f"| {name} | never: training saw no such vehicle | |"
+            else f"| {name} | never: training saw no such vehicle | | |"
             for name, t in thresholds.policy.types.items()
         ),
-        *(f"| {n} | {v:.3f} | |" for n in ("failure", "anomaly") if (v := getattr(thresholds.policy, n)) is not None),
+        *(
+            f"| {n} | {v:.3f} | | {_budget(thresholds, n)} |"
+            for n in ("failure", "anomaly")
+            if (v := getattr(thresholds.policy, n)) is not None
+        ),
         "",
-        "Measured for it on the validation vehicles:",
+        (
+            "Measured for it on vehicles the head in question has not seen: validation vehicles, for boosters also "
+            "training vehicles scored by a booster trained without them. The thresholds were chosen on the same "
+            "vehicles, so new ones will do worse:"
+        ),
         "",
         *(f"- {name}: {_number(value)}" for name, value in thresholds.policy.measured.items()),
         "",
         "## Evaluation",
         "",
+        *_severity(report),
         *(_metrics(report) or ["Not evaluated yet: run `fleet-cloud evaluate` before this release is rolled out."]),
         "",
         "## Agreement with the trained models",
@@ -106,6 +115,26 @@ def model_card(
 def _counts(counts: Mapping[str, Any]) -> str:
     inner = ", ".join(f"{name} {value}" for name, value in counts.items())
     return f"({inner})" if inner else ""
+
+
+def _budget(thresholds: Thresholds, head: str) -> str:
+    kept = thresholds.policy.measured.get(f"{head}.budget_kept")
+    return "not measured" if kept is None else "kept" if kept == 1.0 else "**exceeded**"
+
+
+def _severity(report: Mapping[str, Any]) -> list[str]:
+    """Say whether the severity is worth more than a constant, where the report has held one against it."""
+    severity = report.get("severity")
+    constant = severity.get("majority") if isinstance(severity, Mapping) else None
+    if not isinstance(severity, Mapping) or not isinstance(constant, Mapping):
+        return []
+    beaten = "beats" if severity.get("beats_majority") else "does **not** beat"
+    line = (
+        f"The severity {beaten} always saying {constant.get('level')!r}: "
+        f"{_number(severity.get('accuracy'))} against {_number(constant.get('accuracy'))} exact, "
+        f"{_number(severity.get('mean_steps'))} against {_number(constant.get('mean_steps'))} levels off on average."
+    )
+    return [line, ""]
 
 
 def _number(value: object) -> str:

@@ -1,6 +1,7 @@
 """One vehicle: its make, age, climate, driver, cells, and the failure it will have, drawn from (seed, number).
 
-The same seed and number give the same vehicle in `generate` and `drive`, whatever else is simulated beside it.
+The same seed, number and make give the same vehicle, whatever else is simulated beside it. `generate` deals the makes
+out in turn and `drive` draws one, so the two need not show the same vehicle for a number; each repeats its own.
 """
 
 import re

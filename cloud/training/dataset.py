@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from cloud.training.labels import Episode, read_episodes
 from cloud.training.split import FILES
 from edge_agent.contract.bundle import WindowSpec
-from edge_agent.contract.errors import SourceError
+from edge_agent.contract.errors import ConfigError, SourceError
 from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES
 
 DATASET = "dataset.json"
@@ -113,6 +113,30 @@ def read_info(folder: Path) -> DatasetInfo:
         ) from error
     except msgspec.DecodeError as error:
         raise SourceError(f"dataset {path}: {error}; run `fleet-cloud prepare` again") from error
+
+
+def read_normalisation(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Read `normalization_stats.json`: "signals" and "features", each by name. Raises `SourceError` like the others."""
+    path = folder / NORMALISATION
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, dict[str, dict[str, float]]])
+    except OSError as error:
+        raise SourceError(
+            f"dataset {path}: cannot be read: {error.strerror}; run `fleet-cloud prepare` again"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise SourceError(f"dataset {path}: {error}; run `fleet-cloud prepare` again") from error
+    if not {"signals", "features"} <= set(found):
+        raise SourceError(f"dataset {path}: lacks signals or features; run `fleet-cloud prepare` again")
+    return found
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder. Raises `ConfigError` where its path leads through a file or may not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {folder}: cannot be made: {error.strerror}; give another --output") from error
 
 
 def read_split(folder: Path, split: str, info: DatasetInfo) -> Windows:

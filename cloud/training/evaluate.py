@@ -20,7 +20,7 @@ from scipy.special import gammaincinv
 
 from cloud.training import baselines
 from cloud.training.config import TrainingConfig
-from cloud.training.dataset import NORMALISATION, DatasetInfo, Windows, read_info, read_split, read_split_episodes
+from cloud.training.dataset import DatasetInfo, Windows, read_info, read_normalisation, read_split, read_split_episodes
 from cloud.training.events import alerts, false_alarms, healthy_months, hold_against, wrong_type
 from cloud.training.failure import FAILURE, targets
 from cloud.training.labels import Episode
@@ -37,7 +37,7 @@ from cloud.training.metrics import (
 )
 from cloud.training.scoring import Heads, HeadScores
 from cloud.training.split import TEST, TRAIN, VALIDATION
-from cloud.training.thresholds import Scored, budget_threshold
+from cloud.training.thresholds import Scored, budget_kept, budget_threshold
 from cloud.training.train import THRESHOLDS_FILE
 from cloud.training.vehicle import NATURAL
 from edge_agent.contract.bundle import Thresholds, TypeThreshold, parse_thresholds
@@ -96,7 +96,7 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Return the report as plain JSON values. Raises `SourceError` or `BundleError` for what is missing or damaged."""
     on_step("reading windows", 0.0)
-    info = read_info(datasets)
+    info, normal = read_info(datasets), read_normalisation(datasets)
     path = models / THRESHOLDS_FILE
     try:
         thresholds = parse_thresholds(path.read_bytes(), str(models))
@@ -115,7 +115,7 @@ def evaluate_models(
     scores = heads.score(test)
 
     on_step("baselines", 0.45)
-    contenders = [*_models(ground, scores), *_baselines(ground, train, datasets)]
+    contenders = [*_models(ground, scores), *_baselines(ground, train, normal["features"])]
 
     rows: list[dict[str, Any]] = []
     for i, contender in enumerate(contenders):
@@ -127,11 +127,12 @@ def evaluate_models(
         "data": _data(ground),
         "policy": thresholds.active,
         "policy_description": thresholds.policy.description,
+        "budget_kept": budget_kept(thresholds),
         "rows": rows,
-        "severity": _severity(ground, scores),
+        "severity": _severity(ground, scores, train),
         "anomaly": _anomaly(ground, scores),
         "traces": _traces(ground, scores),
-        "notes": _notes(ground),
+        "notes": [*_budget_notes(ground), *_notes(ground)],
     }
     finite: dict[str, Any] = json.loads(json.dumps(_finite(report), allow_nan=False))
     return finite
@@ -163,8 +164,7 @@ def _models(ground: Ground, scores: HeadScores) -> list[Contender]:
     return found
 
 
-def _baselines(ground: Ground, train: Windows, datasets: Path) -> list[Contender]:
-    stats = json.loads((datasets / NORMALISATION).read_text())["features"]
+def _baselines(ground: Ground, train: Windows, stats: dict[str, dict[str, float]]) -> list[Contender]:
     normal = baselines.Normalisation(
         np.array([stats[name]["median"] for name in ground.info.features]),
         np.array([stats[name]["mad_sigma"] for name in ground.info.features]),
@@ -301,22 +301,41 @@ def poisson_rate(count: int, exposure: float) -> Interval:
     return Interval(count / exposure, low / exposure, float(gammaincinv(count + 1, 0.95)) / exposure)
 
 
-def _severity(ground: Ground, scores: HeadScores) -> dict[str, Any] | None:
-    """Confusion [true, said] of the severity classifier on visible windows, told the true type."""
+def _severity(ground: Ground, scores: HeadScores, train: Windows) -> dict[str, Any] | None:
+    """Confusion [true, said] of the severity classifier on visible windows, told the true type.
+
+    Beside it the majority class: the level that most visible training windows have, said always. Whoever does not beat
+    it in exactness and in mean steps off has learned nothing that a constant does not know.
+    """
     rows = np.flatnonzero((ground.test.severity_index >= 0) & (ground.test.variant == NATURAL))
     if scores.severity is None or not len(rows):
         return None
     said = grade(scores.severity[rows, ground.test.type_index[rows]])
     true = ground.test.severity_index[rows]
+    visible = train.severity_index[(train.severity_index >= 0) & (train.variant == NATURAL)]
+    usual = int(np.bincount(visible, minlength=len(SEVERITIES)).argmax())
+    ours, constant = graded(said, true), graded(np.full_like(true, usual), true)
     table = np.zeros((len(SEVERITIES), len(SEVERITIES)), int)
     np.add.at(table, (true, said), 1)
-    by_class = [f1(int(table[k, k]), int(table[:, k].sum() - table[k, k]), int(table[k].sum() - table[k, k]))
-                for k in range(len(SEVERITIES))]  # fmt: skip
     return {
         "levels": list(SEVERITIES),
         "confusion": table.tolist(),
+        **ours,
+        "majority": {"level": SEVERITIES[usual], **constant},
+        "beats_majority": ours["accuracy"] > constant["accuracy"] and ours["mean_steps"] < constant["mean_steps"],
+    }
+
+
+def graded(said: npt.NDArray[np.int64], true: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Shares exact and within one level, mean steps off, and macro F1 of levels [W] said for levels [W] true."""
+    by_class = [
+        f1(int((said[true == k] == k).sum()), int((said[true != k] == k).sum()), int((said[true == k] != k).sum()))
+        for k in range(len(SEVERITIES))
+    ]
+    return {
         "accuracy": float((said == true).mean()),
         "within_one": float((np.abs(said - true) <= 1).mean()),
+        "mean_steps": float(np.abs(said - true).mean()),
         "macro_f1": float(np.nanmean(by_class)),
     }
 
@@ -379,6 +398,18 @@ def _data(ground: Ground) -> dict[str, Any]:
         "bootstrap_samples": ground.config.evaluation.bootstrap_samples,
         "inspection_budget": ground.config.evaluation.inspection_budget,
     }
+
+
+def _budget_notes(ground: Ground) -> list[str]:
+    broken = [name for name, kept in budget_kept(ground.thresholds).items() if not kept]
+    if not broken:
+        return []
+    allowed = ground.config.thresholds.episodes_per_vehicle_month
+    exceeded = (
+        f"The thresholds in force exceed the budget of {allowed:g} false alarms per vehicle-month on the very vehicles "
+        f"they were chosen on: {', '.join(broken)}."
+    )
+    return [exceeded]
 
 
 def _notes(ground: Ground) -> list[str]:

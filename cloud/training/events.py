@@ -2,6 +2,9 @@
 
 An alert is one event however many windows it spans; an episode is found or not. Window metrics cannot say how often a
 workshop is called for nothing: this can.
+
+A vehicle may stand in a dataset in several views of the same days (vehicle.py). What is counted per vehicle-month is
+counted on one view at a time, the recording as it is unless a table says another: no day counts twice.
 """
 
 from dataclasses import dataclass
@@ -88,11 +91,14 @@ def wrong_type(found: list[Raised], windows: Windows, failure_type: str) -> list
 
 
 def healthy_months(windows: Windows) -> float:
-    """Vehicle-months under observation without a failure at work: days with a healthy window, a month being 30."""
-    days: set[tuple[str, str, int]] = set()
-    for (vehicle, variant), rows in windows.sequences().items():
+    """Vehicle-months under observation without a failure at work: days with a healthy window, a month being 30.
+
+    A vehicle's day counts once, in however many views it is here.
+    """
+    days: set[tuple[str, int]] = set()
+    for (vehicle, _), rows in windows.sequences().items():
         healthy = rows[windows.healthy[rows]]
-        days.update((vehicle, variant, int(day)) for day in np.unique(windows.end_s[healthy] // DAY_S))
+        days.update((vehicle, int(day)) for day in np.unique(windows.end_s[healthy] // DAY_S))
     return len(days) / MONTH_DAYS
 
 

@@ -29,7 +29,7 @@ class Head:
     """One trained booster with what it took; the vehicle counts are of those that failed.
 
     `unseen` [W of train]: calibrated probability of each training window by the fold's booster that has not seen its
-    vehicle; NaN where no fold could be formed.
+    vehicle, at a number of rounds that its vehicle had no say in; NaN where no fold could be formed.
     """
 
     name: str
@@ -120,7 +120,8 @@ def train_heads(
 
     How many rounds: early stopping on the held-out vehicles of each fold, and the median of that; one or two failing
     validation vehicles alone would decide by chance. Calibration sees the margins of validation vehicles and of each
-    fold's held-out ones: every margin comes from a booster that has not seen the vehicle.
+    fold's held-out ones: every margin comes from a booster that has not seen the vehicle, and a fold's are taken at the
+    median of the other folds' rounds: where its own vehicles stopped it is where they look best.
     """
     heads: list[Head] = []
     for name in (FAILURE, *FAILURE_TYPES):
@@ -153,25 +154,29 @@ def _train_head(
 
     fold = vehicle_folds(train, positive, config.folds, seed)
     margin = np.full(len(train), np.nan)
-    rounds: list[int] = []
+    boosters: dict[int, lgb.Booster] = {}
     for number in range(config.folds):
         inside, outside = np.flatnonzero(used & (fold != number)), np.flatnonzero(used & (fold == number))
         if not positive[inside].any() or not positive[outside].any():
             continue
         data = dataset(inside)
-        booster = lgb.train(
+        boosters[number] = lgb.train(
             shared,
             data,
             num_boost_round=config.rounds,
             valid_sets=[dataset(outside, data)],
             callbacks=[lgb.early_stopping(config.early_stopping_rounds, verbose=False)],
+            keep_training_booster=True,
         )
-        rounds.append(booster.best_iteration)
+    best = {number: booster.best_iteration for number, booster in boosters.items()}
+    for number, booster in boosters.items():
+        rounds = typical_rounds([n for other, n in best.items() if other != number], config)
+        while booster.current_iteration() < rounds and not booster.update():
+            pass  # it stopped before the others did
         held_out = fold == number
-        margin[held_out] = booster.predict(x_train[held_out], raw_score=True, num_iteration=booster.best_iteration)
-    # a fold whose only failing vehicle looks like none of the others stops at once; that says nothing about the rest
-    kept = max(config.rounds // 8, int(np.median(rounds))) if rounds else config.rounds // 2
-    booster = lgb.train(shared, dataset(np.flatnonzero(used)), num_boost_round=max(1, kept))
+        margin[held_out] = booster.predict(x_train[held_out], raw_score=True, num_iteration=rounds)
+    kept = typical_rounds(list(best.values()), config)
+    booster = lgb.train(shared, dataset(np.flatnonzero(used)), num_boost_round=kept)
     seen, counted = targets(validation, name)
     unseen = np.isfinite(margin) & used
     calibrator = calibrate(
@@ -190,6 +195,12 @@ def _train_head(
         training_vehicles=len(np.unique(train.vehicle[positive])),
         validation_vehicles=len(np.unique(validation.vehicle[seen])),
     )
+
+
+def typical_rounds(best: list[int], config: LightGBM) -> int:
+    """Median of the folds' best rounds, with a floor; half of the most where no fold could say."""
+    # a fold whose only failing vehicle looks like none of the others stops at once; that says nothing about the rest
+    return max(1, config.rounds // 8, int(np.median(best))) if best else max(1, config.rounds // 2)
 
 
 def _only(features: npt.NDArray[np.float32], columns: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:

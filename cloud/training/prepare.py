@@ -27,6 +27,7 @@ from cloud.training.dataset import (
     SIGNAL_SAMPLE,
     DatasetInfo,
     Float32Array,
+    make_folder,
 )
 from cloud.training.labels import LEVEL_COLUMNS, Episode, read_episodes, severity_name, type_name
 from cloud.training.recording import RawVehicle, find_vehicles, fingerprint
@@ -63,7 +64,7 @@ def prepare_dataset(
     """Turn the recordings under `source` into a dataset under `output`; `on_vehicle(done, total)` after each vehicle.
 
     Raises `SourceError` for recordings that cannot be read or give no window, `ConfigError` where the mapping does not
-    fit.
+    fit or `output` cannot be made.
     """
     vehicles = find_vehicles(source)
     labels = source / "labels.parquet"
@@ -76,6 +77,7 @@ def prepare_dataset(
         (config.split.train, config.split.validation, config.split.test),
         config.seed,
     )
+    make_folder(output)  # before minutes of work
     run = Run(output, config, catalogue, mapping, episodes, split)
     tasks = _tasks(vehicles, run)
     # longest files first, so that no worker is left alone with a big one at the end
@@ -129,7 +131,6 @@ def _tasks(vehicles: list[RawVehicle], run: Run) -> list[VehicleTask]:
 
 def _write(results: list[VehicleResult], run: Run, data_sha256: str) -> DatasetInfo:
     output, catalogue, episodes = run.output, run.catalogue, run.episodes
-    output.mkdir(parents=True, exist_ok=True)
     runner = feature_runner(catalogue, run.config.window)
     width = next(r.rows.pooled.shape[1] for r in results)
     counts: dict[str, dict[str, int]] = {}

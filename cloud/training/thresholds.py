@@ -8,11 +8,13 @@ precision_80         the lowest threshold whose flagged windows are right in 80 
                      80 % at 30 % prevalence is 9 % at 1 %, so the prevalence is written beside it)
 percentile_95        the 95th percentile of healthy windows: 5 % of healthy windows are over it, by construction
 false_alarm_budget   the lowest threshold whose alerts on healthy vehicles, through the decision's k-of-n, stay within a
-                     number of episodes per vehicle-month. Where the failing vehicles leave room above it, a share of
-                     that room (in log-odds) is taken as margin: on the edge of what a few vehicles showed, the next
-                     healthy one would be over it. A few vehicle-months cannot prove a tenth of an episode, and one odd
-                     healthy vehicle must not silence a head: no threshold stands above both 0.5 and what half of the
-                     unseen failures reach. What that costs is in `measured`
+                     number of episodes per vehicle-month, counted on the recordings as they are: views of the same
+                     days with an empty state or missing signals add neither days nor alarms. Where the failing
+                     vehicles leave room above it, a share of that room (in log-odds) is taken as margin: on the edge
+                     of what a few vehicles showed, the next healthy one would be over it. A few vehicle-months cannot
+                     prove a tenth of an episode, and one odd healthy vehicle must not silence a head: no threshold of
+                     a probability stands above both 0.5 and what half of the unseen failures reach. There the budget
+                     is exceeded: `measured` says for each head whether it is kept (`HEAD.budget_kept`, 1 or 0)
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from cloud.training.events import alerts, false_alarms, healthy_months, hold_aga
 from cloud.training.failure import FAILURE, Head, targets
 from cloud.training.labels import Episode
 from cloud.training.scoring import HeadScores
+from cloud.training.vehicle import NATURAL
 from edge_agent.contract.bundle import Policy, Thresholds, TypeThreshold
 from edge_agent.contract.signals import FAILURE_TYPES, FloatArray
 from edge_agent.contract.topics import ANOMALY
@@ -85,8 +88,8 @@ def choose_thresholds(heads: list[Scored], episodes: dict[str, list[Episode]], c
         "precision_80": f"lowest threshold with a precision of {config.precision:.0%} over unseen windows",
         "percentile_95": f"{config.percentile:g}th percentile of unseen healthy windows",
         "false_alarm_budget": f"at most {config.episodes_per_vehicle_month:g} false alarm episodes per vehicle-month "
-        f"and type on unseen healthy vehicles, with a margin where there is room, but never above both 0.5 and what "
-        f"half of the unseen failures reach",
+        f"and type on unseen healthy vehicles, with a margin where there is room; exceeded where keeping it needs a "
+        f"probability above both 0.5 and what half of the unseen failures reach (HEAD.budget_kept in measured is 0)",
     }
     return Thresholds(
         active=config.active,
@@ -133,22 +136,22 @@ def precision_threshold(value: FloatArray, truth: npt.NDArray[np.bool_], precisi
 
 
 def budget_threshold(head: Scored, episodes: dict[str, list[Episode]], config: ThresholdPolicies) -> float | None:
-    """See the module. None where there is no healthy window to count false alarms on."""
-    windows = head.windows
+    """See the module. None where there is no healthy window as recorded to count false alarms on."""
+    recorded = head.windows.variant == NATURAL
+    windows, value = head.windows.take(recorded), head.value[recorded]
     if not windows.healthy.any():
         return None
-    rule = config.decision
-    within = k_of_n(windows, head.value, rule)
+    within = k_of_n(head.windows, head.value, config.decision)
     allowed = config.episodes_per_vehicle_month * healthy_months(windows)
     # only these values change how often a healthy vehicle alerts
-    candidates = np.unique(within[windows.healthy])
+    candidates = np.unique(within[recorded][windows.healthy])
     low, high = 0, len(candidates)  # the first index that is within the budget; `high` = above all of them
     while low < high:
         middle = (low + high) // 2
         at = TypeThreshold(
             raise_at=float(candidates[middle]), clear_below=float(candidates[middle]) * config.clear_ratio
         )
-        if len(false_alarms(alerts(windows, head.value, at, rule), windows)) <= allowed:
+        if len(false_alarms(alerts(windows, value, at, config.decision), windows)) <= allowed:
             high = middle
         else:
             low = middle + 1
@@ -178,27 +181,42 @@ def _reached(head: Scored, within: FloatArray, episodes: dict[str, list[Episode]
 def _measure(
     head: Scored, at: float | None, episodes: dict[str, list[Episode]], config: ThresholdPolicies
 ) -> dict[str, float | None]:
-    """Say what the threshold did on vehicles the head has not seen, under keys `HEAD.quantity`."""
+    """Say what the threshold did on vehicles the head has not seen, under keys `HEAD.quantity`.
+
+    False alarms, their vehicle-months and whether the budget is kept are of the recordings as they are; the shares of
+    windows and of episodes are over all views.
+    """
     windows, positive, used = head.windows, head.positive, head.used
+    recorded = windows.variant == NATURAL
+    months = healthy_months(windows.take(recorded))
     out: dict[str, float | None] = {
         f"{head.name}.prevalence": float(positive[used].mean()) if used.any() else None,
-        f"{head.name}.healthy_vehicle_months": healthy_months(windows),
+        f"{head.name}.healthy_vehicle_months": months,
     }
     if at is None:
         return out
     found = alerts(
         windows, head.value, TypeThreshold(raise_at=at, clear_below=at * config.clear_ratio), config.decision
     )
-    months = healthy_months(windows)
+    false = sum(bool(recorded[a.row]) for a in false_alarms(found, windows))
     flagged = (head.value >= at) & used
     held = hold_against(found, windows, episodes, head.failure_type)
-    out[f"{head.name}.false_alarm_episodes_per_vehicle_month"] = (
-        len(false_alarms(found, windows)) / months if months else None
-    )
+    out[f"{head.name}.false_alarm_episodes_per_vehicle_month"] = false / months if months else None
+    out[f"{head.name}.budget_kept"] = float(false <= config.episodes_per_vehicle_month * months) if months else None
     out[f"{head.name}.window_precision"] = float(positive[flagged].mean()) if flagged.any() else None
     out[f"{head.name}.window_recall"] = float(flagged[positive].mean()) if positive.any() else None
     out[f"{head.name}.event_recall"] = float(np.mean([f.detected for f in held])) if held else None
     return out
+
+
+def budget_kept(thresholds: Thresholds) -> dict[str, bool]:
+    """Return for each head whether the policy in force kept the budget, where that could be counted."""
+    measured = thresholds.policy.measured.items()
+    return {
+        name.removesuffix(".budget_kept"): value == 1.0
+        for name, value in measured
+        if name.endswith(".budget_kept") and value is not None
+    }
 
 
 def _logit(p: float) -> float:

@@ -4,7 +4,6 @@ Reads from top to bottom. A dataset without labels trains the anomaly detector a
 trained are removed, so that a folder never mixes two runs.
 """
 
-import json
 import platform
 import subprocess
 from collections.abc import Callable
@@ -18,7 +17,15 @@ import numpy as np
 
 from cloud.training import anomaly
 from cloud.training.config import TrainingConfig
-from cloud.training.dataset import NORMALISATION, DatasetInfo, Windows, read_info, read_split, read_split_episodes
+from cloud.training.dataset import (
+    DatasetInfo,
+    Windows,
+    make_folder,
+    read_info,
+    read_normalisation,
+    read_split,
+    read_split_episodes,
+)
 from cloud.training.failure import FAILURE, Head, train_heads
 from cloud.training.scoring import Heads
 from cloud.training.severity import train_severity
@@ -42,7 +49,8 @@ def train_models(
 ) -> Thresholds:
     """Train everything the dataset allows and write the models folder; returns the thresholds.
 
-    Raises `SourceError` where the dataset is missing, damaged, of another schema, or has no healthy window.
+    Raises `SourceError` where the dataset is missing, damaged, of another schema, or has no healthy window, and
+    `ConfigError` where `models` cannot be made.
     """
     info = read_info(datasets)
     if info.signals != catalogue.scalar_names:
@@ -50,7 +58,8 @@ def train_models(
             f"dataset {datasets}: was prepared for schema {info.schema_name!r}, this run's is {catalogue.name!r}; "
             f"run `fleet-cloud prepare` again, or give the same --schema"
         )
-    models.mkdir(parents=True, exist_ok=True)
+    normal = read_normalisation(datasets)["signals"]  # before minutes of work, and before old models go
+    make_folder(models)
     for path in (*models.glob("lgbm_*.txt"), models / CALIBRATION_FILE, models / THRESHOLDS_FILE):
         path.unlink(missing_ok=True)
 
@@ -73,13 +82,13 @@ def train_models(
             on_head=lambda name: on_step(f"trained {name}", share[name]),
         )
         _write_boosters(heads, models)
-        trained = train_severity(train, validation, info.features, config=config.lightgbm, seed=config.seed)
+        trained = train_severity(train, info.features, config=config.lightgbm, seed=config.seed)
         if trained is not None:
             booster, severity_rounds = trained
             booster.save_model(str(models / SEVERITY_FILE), num_iteration=severity_rounds)
 
     on_step("autoencoder", 0.45)
-    autoencoder = _train_autoencoder(train, validation, (datasets, models), (info, config), on_step)
+    autoencoder = _train_autoencoder(train, validation, (datasets, models), (info, config), normal, on_step)
 
     on_step("thresholds", 0.85)
     scores = Heads(models, datasets, catalogue).score(validation)
@@ -112,10 +121,10 @@ def _train_autoencoder(
     validation: Windows,
     folders: tuple[Path, Path],
     run: tuple[DatasetInfo, TrainingConfig],
+    stats: dict[str, dict[str, float]],
     on_step: Step,
 ) -> anomaly.Trained:
     (datasets, models), (info, config) = folders, run
-    stats = json.loads((datasets / NORMALISATION).read_text())["signals"]
     healthy = anomaly.healthy_pooled(train, config.preparation.pooled_train_windows, config.seed)
     if len(healthy) == 0:
         raise SourceError(f"dataset {datasets}: has no healthy training window; the anomaly detector needs some")

@@ -271,6 +271,35 @@ def test_the_card_says_what_it_was_trained_on_and_what_it_cannot_do(built, train
     assert "failure.event_recall: 0.875" in (second.path / "model_card.md").read_text()
 
 
+def test_the_card_says_where_the_budget_is_exceeded_and_where_severity_is_no_better_than_a_constant(
+    trained, catalogue, copy, tmp_path
+):
+    models, _ = copy
+    thresholds = json.loads((models / "thresholds.json").read_text())
+    thresholds["policies"]["budget"]["measured"] = {"motor_bearing_wear.budget_kept": 0.0, "failure.budget_kept": 1.0}
+    (models / "thresholds.json").write_text(json.dumps(thresholds))
+    graded = {"accuracy": 0.25, "mean_steps": 0.95, "beats_majority": False}
+    constant = {"level": "critical", "accuracy": 0.45, "mean_steps": 1.22}
+    (models / "evaluation_report.json").write_text(json.dumps({"severity": {**graded, "majority": constant}}))
+    card = (build(trained, catalogue, tmp_path / "bundle", models=models).path / "model_card.md").read_text()
+    assert "| motor_bearing_wear | 0.800 | 0.500 | **exceeded** |" in card
+    assert "| inverter_overheating | 0.800 | 0.500 | not measured |" in card
+    assert "| failure | 0.800 | | kept |" in card
+    assert "does **not** beat always saying 'critical': 0.25 against 0.45 exact, 0.95 against 1.22 levels" in card
+    assert "on the validation vehicles:" not in card, "boosters are also measured on cross-fitted training vehicles"
+
+
+def test_the_default_configuration_does_not_depend_on_where_the_command_is_started(
+    built, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "cloud").mkdir()
+    (tmp_path / "cloud" / "config.json").write_text('{"schema": "nowhere.json"}')
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "verify", str(built.path))
+    assert (code, err) == (0, "")
+    assert "is whole" in out
+
+
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     """Run the command in this process: importing torch anew for each would take seconds."""
     code = 0

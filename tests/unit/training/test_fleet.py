@@ -1,20 +1,34 @@
 """A small simulated fleet with labels: prepare → train → evaluate, and what the files promise."""
 
 import json
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import pytest
 
+from cloud.training import failure
 from cloud.training.config import DEFAULT_CONFIG, load_catalogue, load_config, load_mapping
-from cloud.training.dataset import GOLDEN_WINDOWS, read_info, read_split
+from cloud.training.dataset import GOLDEN_WINDOWS, NORMALISATION, read_info, read_split
 from cloud.training.evaluate import evaluate_models
-from cloud.training.failure import FAILURE, balanced_weight, targets, usable_features, vehicle_folds
+from cloud.training.failure import (
+    FAILURE,
+    balanced_weight,
+    targets,
+    train_heads,
+    typical_rounds,
+    usable_features,
+    vehicle_folds,
+)
 from cloud.training.prepare import prepare_dataset
-from cloud.training.report import HTML_FILE, JSON_FILE, write_report
-from cloud.training.split import SPLITS, TEST, TRAIN
+from cloud.training.report import HTML_FILE, JSON_FILE, render, summary, write_report
+from cloud.training.severity import severity_weights, train_severity
+from cloud.training.split import SPLITS, TEST, TRAIN, VALIDATION
 from cloud.training.train import train_models
-from edge_agent.contract.signals import FAILURE_TYPES
+from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES
 from firmware_sim import fleet
 
 
@@ -106,6 +120,88 @@ def test_the_report_is_strict_json_with_baselines_a_coin_and_the_runbook_on_the_
         "http://creativecommons.org", ""
     )
     assert "<script" not in page
+
+
+def test_severity_stands_beside_the_majority_class(trained):
+    folder, config, catalogue = trained
+    report = evaluate_models(
+        folder / "datasets", folder / "models", config=config, catalogue=catalogue, on_step=lambda *_: None
+    )
+    ours, constant = report["severity"], report["severity"]["majority"]
+    train = read_split(folder / "datasets", TRAIN, read_info(folder / "datasets"))
+    of_level = np.bincount(train.severity_index[(train.severity_index >= 0) & (train.variant == "natural")])
+    true = np.array(ours["confusion"]).sum(axis=1)
+    assert constant["level"] == SEVERITIES[of_level.argmax()]
+    assert constant["accuracy"] == pytest.approx(true[of_level.argmax()] / true.sum())
+    better = ours["accuracy"] > constant["accuracy"] and ours["mean_steps"] < constant["mean_steps"]
+    assert ours["beats_majority"] is better
+    for text in ("\n".join(summary(report)), render(report)):
+        assert f"severity, always {constant['level']}" in text
+        assert ("does not beat it" in text) is not better
+    worse = {**ours, "beats_majority": False}
+    assert "does not beat it" in render({**report, "severity": worse})
+
+
+def test_severity_weighs_vehicles_equally_and_its_rounds_have_a_floor(trained):
+    folder, config, _ = trained
+    info = read_info(folder / "datasets")
+    train = read_split(folder / "datasets", TRAIN, info)
+    visible = train.take(train.severity_index >= 0)
+    weight = severity_weights(visible)
+    by_vehicle = [weight[visible.vehicle == v].sum() for v in set(visible.vehicle.tolist())]
+    assert max(by_vehicle) == pytest.approx(min(by_vehicle))
+    booster, rounds = train_severity(train, info.features, config=config.lightgbm, seed=1)
+    assert rounds == booster.current_iteration() >= config.lightgbm.rounds // 8
+
+
+def test_no_fold_chooses_the_rounds_its_own_margins_are_taken_at(trained, monkeypatch):
+    folder, config, _ = trained
+    info = read_info(folder / "datasets")
+    train, validation = (read_split(folder / "datasets", s, info) for s in (TRAIN, VALIDATION))
+    asked: list[list[int]] = []
+    own = typical_rounds
+
+    def record(best, lightgbm):
+        asked.append(list(best))
+        return own(best, lightgbm)
+
+    monkeypatch.setattr(failure, "typical_rounds", record)
+    small = msgspec.structs.replace(config.lightgbm, rounds=16, early_stopping_rounds=3)
+    train_heads(
+        train, validation, info.features, config=small, calibration=config.calibration, seed=1, on_head=lambda _: None
+    )
+    *folds, everything = asked[:5]
+    assert [sorted([*fold, best]) for fold, best in zip(folds, everything, strict=True)] == [sorted(everything)] * 4
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_dataset_without_its_normalisation_is_one_clear_line(trained, tmp_path, command):
+    folder, *_ = trained
+    shutil.copytree(folder / "datasets", tmp_path / "datasets")
+    shutil.copytree(folder / "models", tmp_path / "models")
+    (tmp_path / "datasets" / NORMALISATION).unlink()
+    arguments = {"train": "--output", "evaluate": "--models"}
+    done = fleet_cloud(command, "--data", tmp_path / "datasets", arguments[command], tmp_path / "models")
+    assert done.returncode == 66
+    assert "Traceback" not in done.stderr
+    assert f"fleet-cloud: error: dataset {tmp_path / 'datasets' / NORMALISATION}: cannot be read" in done.stderr
+    assert (tmp_path / "models" / "thresholds.json").exists(), "old models go only once the dataset can be read"
+
+
+@pytest.mark.parametrize(("command", "given", "kind"), [("prepare", "--input", "raw"), ("train", "--data", "datasets")])
+def test_an_output_that_cannot_be_made_is_one_clear_line(trained, tmp_path, command, given, kind):
+    folder, *_ = trained
+    (tmp_path / "file").write_text("in the way")
+    done = fleet_cloud(command, given, folder / kind, "--output", tmp_path / "file" / "out")
+    assert done.returncode == 78
+    assert "Traceback" not in done.stderr
+    assert f"fleet-cloud: error: output {tmp_path / 'file' / 'out'}: cannot be made: Not a directory" in done.stderr
+
+
+def fleet_cloud(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cloud", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_a_head_looks_only_at_its_own_part_of_the_vehicle(trained):

@@ -7,7 +7,7 @@ from cloud.training.config import ThresholdPolicies
 from cloud.training.dataset import Windows
 from cloud.training.events import alerts, false_alarms, healthy_months, hold_against, k_of_n
 from cloud.training.labels import Episode, label_windows
-from cloud.training.thresholds import Scored, budget_threshold, choose_thresholds, precision_threshold
+from cloud.training.thresholds import Scored, budget_kept, budget_threshold, choose_thresholds, precision_threshold
 from edge_agent.contract.bundle import Decision, TypeThreshold
 from edge_agent.contract.signals import FAILURE_TYPES
 
@@ -76,6 +76,41 @@ def test_one_odd_healthy_vehicle_does_not_silence_a_head(fleet):
     found = alerts(windows, odd, TypeThreshold(raise_at=at, clear_below=at * 0.6), Decision())
     assert all(f.detected for f in hold_against(found, windows, episodes, KIND))
     assert false_alarms(found, windows), "what it costs shows where it is measured"
+
+
+def seen_twice(windows: Windows, variant: str) -> Windows:
+    return Windows.together(windows, replace(windows, variant=np.full(len(windows), variant)))
+
+
+def test_a_vehicles_day_counts_once_however_many_views_of_it_there_are(fleet):
+    windows, *_ = fleet
+    assert healthy_months(seen_twice(windows, "fresh")) == healthy_months(windows) == pytest.approx(12 / 30)
+
+
+def test_views_of_the_same_days_neither_widen_nor_spend_the_budget(fleet):
+    windows, value, episodes = fleet
+    noisy = value.copy()
+    noisy[windows.healthy] = np.minimum(0.98, 1.5 * value[windows.healthy])  # an empty state is the worse for it
+    config = ThresholdPolicies(episodes_per_vehicle_month=10.0)
+    alone = choose_thresholds([Scored.of(KIND, windows, value)], episodes, config).policy
+    views = Scored.of(KIND, seen_twice(windows, "fresh"), np.concatenate([value, noisy]))
+    together = choose_thresholds([views], episodes, config).policy
+    assert together.types == alone.types
+    for quantity in ("healthy_vehicle_months", "false_alarm_episodes_per_vehicle_month", "budget_kept"):
+        assert together.measured[f"{KIND}.{quantity}"] == alone.measured[f"{KIND}.{quantity}"]
+
+
+def test_it_is_said_for_each_head_whether_the_budget_is_kept(fleet):
+    windows, value, episodes = fleet
+    odd = value.copy()
+    odd[windows.vehicle == "V05"] = 0.999
+    thresholds = choose_thresholds(
+        [Scored.of(KIND, windows, odd), Scored.of("charging_fault", windows, value)], episodes, ThresholdPolicies()
+    )
+    assert thresholds.policy.measured[f"{KIND}.budget_kept"] == 0.0
+    assert thresholds.policy.measured["charging_fault.budget_kept"] == 1.0
+    assert budget_kept(thresholds) == {KIND: False, "charging_fault": True}
+    assert "budget_kept" in thresholds.policy.description
 
 
 def test_k_of_n_is_exactly_where_the_decision_table_raises(fleet):
