@@ -1,6 +1,7 @@
 """The ASGI application: endpoints, one error shape, and the life of the service behind them."""
 
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -9,12 +10,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud.api import problems, routes, stream
 from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
 from cloud.api.settings import Settings
+from edge_agent.contract.errors import VoltwatchError
 
 DESCRIPTION = """Predictive maintenance for electric vehicles.
 
@@ -26,6 +29,24 @@ not known is null.
 order with a `TelemetryReply`, or with a `SocketError` when it could not be used (the socket stays open; after 20 such
 messages in a row it is closed with 1008).
 """
+
+
+class _PlainStartFault:
+    """Settings that cannot be used are one line in the server's log, which ends it with its non-zero exit."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; Starlette reports a start that failed from inside its `except`, with the traceback."""
+
+        async def without_traceback(message: Message) -> None:
+            fault = sys.exception()
+            if message["type"] == "lifespan.startup.failed" and isinstance(fault, VoltwatchError):
+                message = {**message, "message": f"voltwatch: error: {fault}"}
+            await send(message)
+
+        await self._app(scope, receive, without_traceback if scope["type"] == "lifespan" else send)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -46,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False, license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )  # fmt: skip
     problems.install(app)
+    app.add_middleware(_PlainStartFault)
     app.include_router(routes.router)
     app.include_router(stream.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

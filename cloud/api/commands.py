@@ -15,11 +15,11 @@ import typer
 import uvicorn
 
 from cloud.api.app import create_app
+from cloud.api.service import usable_bundle
 from cloud.api.settings import Settings
 from cloud.collector.mqtt import parse_broker
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import UnavailableError
-from edge_agent.pipeline.bundle_dir import load_bundle
 
 SHUTDOWN_S = 2  # for open requests and sockets; with saving the state the process is gone in less than five
 
@@ -156,7 +156,7 @@ def _check(settings: Settings) -> None:
     """Find what can never work before the server starts: one line instead of a traceback."""
     catalogue = settings.catalogue()
     if settings.bundle is not None:
-        load_bundle(settings.bundle, catalogue)
+        usable_bundle(settings.bundle, catalogue)
     if settings.broker is not None:
         parse_broker(settings.broker)
 

@@ -8,7 +8,7 @@ import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from edge_agent.contract.topics import VEHICLE_ID
 
@@ -56,6 +56,12 @@ def _time(value: Any) -> Any:
     return seconds
 
 
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be printable characters: no NUL, no line end, no control character")
+    return value
+
+
 # true and false are 1 and 0 (is charging, cable connected); text is no number
 Number = Annotated[float | None, BeforeValidator(_number), WithJsonSchema({"type": ["number", "boolean", "null"]})]
 FrameTime = Annotated[
@@ -93,7 +99,7 @@ class Telemetry(Request):
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_BATCH, EXAMPLE_SINGLE]})
 
     vehicle_id: VehicleId
-    make: Annotated[str, Field(max_length=64)] | None = Field(
+    make: Annotated[str, Field(max_length=64), AfterValidator(_printable)] | None = Field(
         default=None, description="Chooses nothing yet; shown back."
     )
     period_s: Annotated[float, Field(gt=0, le=3_600)] | None = Field(
@@ -269,7 +275,7 @@ class TelemetryReply(Answer):
     """What became of the frames."""
 
     vehicle_id: str
-    frames_accepted: int
+    frames_accepted: int = Field(description="Without those that came too late or were sent again: see `notes`.")
     window: WindowProgress
     prediction: Prediction | None = Field(description="Of the newest window scored by these frames; null if none was.")
     predictions: int = Field(description="How many windows these frames scored.")

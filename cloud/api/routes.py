@@ -161,8 +161,10 @@ async def telemetry(request: Request, running: Running) -> models.TelemetryReply
 
     The first prediction needs a whole window (300 frames at 1 Hz), then one comes every stride (60 s). Frames may come
     in any number and, within one request, in any order; send the requests of one vehicle one after the other. A request
-    that is sent again after an error counts once. Values outside a signal's range count as missing. A
-    signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like a vehicle's own.
+    that is sent again after an error counts once: frames not newer than the newest before are left out, and `notes`
+    says so; one that lies more than an hour behind is taken for a clock set back. Values outside a signal's range count
+    as missing. A signal name that the catalogue does not know is refused, naming the nearest. Alerts are stored like a
+    vehicle's own.
     """
     return await running.telemetry.accept(await read_telemetry(request, running.settings))
 

@@ -1,6 +1,7 @@
 """Everything that lives as long as the server: store, bundle, telemetry pipelines, collector. Started and stopped here.
 
-A store or broker that is away at the start is not fatal: both are tried again, and /health says so meanwhile.
+A store or broker that is away at the start is not fatal: both are tried again, and /health says so meanwhile. A bundle
+that is not whole, or whose graph does not load, leaves the guards.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 
 from cloud.api.settings import Settings
 from cloud.api.telemetry import TelemetryService
@@ -18,8 +20,16 @@ from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import BundleError
 from edge_agent.contract.signals import Catalogue
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
+from edge_agent.pipeline.inference import Scorer
 
 log = logging.getLogger(__name__)
+
+
+def usable_bundle(path: Path, catalogue: Catalogue) -> LoadedBundle:
+    """Load a bundle, and its graph once: bytes that match their hash may still be no graph. Raises `BundleError`."""
+    loaded = load_bundle(path, catalogue)
+    Scorer(loaded, catalogue)
+    return loaded
 
 
 class Service:
@@ -33,7 +43,7 @@ class Service:
         self.bundle_detail = "no bundle: guards only"
         if settings.bundle is not None:
             try:
-                self.bundle = load_bundle(settings.bundle, self.catalogue)
+                self.bundle = usable_bundle(settings.bundle, self.catalogue)
                 self.bundle_detail = ""
             except BundleError as error:  # guards still work; /health says why there is nothing more
                 log.error("api: %s", error)  # noqa: TRY400 - one line is all there is to say
@@ -51,7 +61,7 @@ class Service:
         if settings.broker is not None:
             host, port = parse_broker(settings.broker)
             # one session a store: two clouds on one broker each get everything, instead of taking turns
-            store = hashlib.sha256(self.store.name.encode()).hexdigest()[:12]
+            store = hashlib.sha256(self.store.identity.encode()).hexdigest()[:12]
             config = CollectorConfig(
                 host=host, port=port, username=settings.broker_username, password=settings.broker_password,
                 client_id=f"voltwatch-collector-{store}",
@@ -80,8 +90,10 @@ class Service:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self.telemetry.close()
-        await self.store.close()
+        try:
+            await self.telemetry.close()
+        finally:
+            await self.store.close()
 
     def _begin(self, work: Coroutine[None, None, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))

@@ -7,16 +7,19 @@ memory only: a kill costs at most one stride of them.
 """
 
 import asyncio
+import contextlib
 import difflib
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import sqlalchemy as sa
 
+from cloud.api.carry_over import carry_over
 from cloud.api.models import (
     AlertOut,
     Frame,
@@ -34,6 +37,7 @@ from cloud.store.items import ServerEvent, TelemetryCommit
 from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.bundle import WindowSpec
+from edge_agent.contract.errors import MessageError
 from edge_agent.contract.signals import SEVERITIES, Catalogue, FloatArray
 from edge_agent.pipeline.alerts import alert_message, iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle
@@ -44,6 +48,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 BOOT_ID = "server"  # these events are numbered by the store, across restarts of this process
 TOUCH_S = 10.0  # a vehicle's row is brought up to date at least so often, not with every single frame
+SET_BACK_S = 3_600.0  # a request wholly so far behind the newest frame is no retry: the vehicle's clock was set back
 MAX_PENDING_ALERTS = 1_000  # kept while the store is away; guards and cooldown make a handful an hour
 
 
@@ -56,8 +61,7 @@ class _Vehicle:
     period_s: float
     cells: int
     probes: int
-    known_times: frozenset[float] = frozenset()  # of the request before: what is in it again was sent twice
-    recent: list[ArrivalBlock] = field(default_factory=list)  # until the first window: replayed if cells turn up
+    recent: list[ArrivalBlock] | None = None  # all of it, until the first window: replayed if cells turn up
     pending: list[ServerEvent] = field(default_factory=list)
     scores: dict[str, float | None] | None = None
     committed_at_s: float = -np.inf
@@ -96,11 +100,17 @@ class TelemetryService:
         """
         vehicle_id = telemetry.vehicle_id
         self._check_signals(telemetry)
+        async with self._alone(vehicle_id):
+            return await self._accept(telemetry)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, vehicle_id: str) -> AsyncIterator[None]:
+        """Hold the vehicle's lock, which exists as long as somebody wants it."""
         lock = self._locks.setdefault(vehicle_id, asyncio.Lock())
         self._waiting[vehicle_id] += 1
         try:
             async with lock:
-                return await self._accept(telemetry)
+                yield
         finally:
             self._waiting[vehicle_id] -= 1
             if not self._waiting[vehicle_id]:
@@ -110,8 +120,11 @@ class TelemetryService:
         vehicle_id = telemetry.vehicle_id
         vehicle = await self._vehicle(telemetry)
         before = vehicle.pipeline.counters
-        outcomes = await self._run(lambda: self._push(vehicle, telemetry.frames))
+        frames = self._new(telemetry.frames, vehicle)
+        repeated = len(telemetry.frames) - len(frames)
+        outcomes = await self._run(lambda: self._push(vehicle, frames))
         self.counters["frames"] += len(telemetry.frames)
+        self.counters["frames_repeated"] += repeated
         alerts = self._alerts(vehicle_id, vehicle, outcomes)
         predictions = [self._prediction(o) for o in outcomes if isinstance(o, Scored)]
         if predictions:
@@ -124,7 +137,7 @@ class TelemetryService:
         self.counters["alerts"] += len(alerts)
         return TelemetryReply(
             vehicle_id=vehicle_id,
-            frames_accepted=len(telemetry.frames) - _more("rows_late", vehicle.pipeline.counters, before),
+            frames_accepted=len(frames) - _more("rows_late", vehicle.pipeline.counters, before),
             window=self._progress(vehicle),
             prediction=predictions[-1] if predictions else None,
             predictions=len(predictions),
@@ -134,19 +147,20 @@ class TelemetryService:
                 if isinstance(o, NoScore)
             ][-MAX_ERRORS:],
             alerts=alerts,
-            notes=self._notes(vehicle.pipeline.counters, before),
+            notes=self._notes(vehicle.pipeline.counters, before, repeated),
         )
 
     async def close(self) -> None:
         """Save every vehicle's state, so that a restart continues where this process ends."""
-        for vehicle_id, vehicle in list(self._vehicles.items()):
-            if vehicle.dirty:
-                try:
-                    await self._save(vehicle_id, vehicle, snapshot=True)
-                except StoreAwayError as error:
-                    log.warning("telemetry: state of %s not saved: %s", vehicle_id, error)
-                    break
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        try:
+            for vehicle_id, vehicle in list(self._vehicles.items()):
+                async with self._alone(vehicle_id):
+                    if vehicle.dirty or vehicle.pending:
+                        await self._put_aside(vehicle_id, vehicle)
+        except StoreAwayError as error:
+            log.warning("telemetry: states not saved: %s", error)
+        finally:
+            self._threads.shutdown(wait=True, cancel_futures=True)
 
     # --- one vehicle's pipeline ---
 
@@ -175,7 +189,7 @@ class TelemetryService:
             probes = self._width(telemetry.frames, "cell_temperature", 0)
             period_s = telemetry.period_s or 1.0
             pipeline = await self._make(vehicle_id, period_s, cells, probes)
-            return _Vehicle(pipeline, telemetry.make or "", period_s, cells, probes)
+            return _Vehicle(pipeline, telemetry.make or "", period_s, cells, probes, recent=[])
         pipeline = await self._make(vehicle_id, state.period_s, state.cells, state.probes)
         restored = await self._run(lambda: pipeline.restore(state.snapshot))
         self.counters["states_restored" if restored else "states_discarded"] += 1
@@ -184,19 +198,24 @@ class TelemetryService:
         return _Vehicle(pipeline, state.make, state.period_s, state.cells, state.probes)
 
     async def _rebuild(self, vehicle_id: str, vehicle: _Vehicle, cells: int, probes: int, period_s: float) -> None:
-        """Make the pipeline anew for another width or period; what came before the first window is not lost."""
-        recent = vehicle.recent
-        vehicle.pipeline = await self._make(vehicle_id, period_s, cells, probes)
-        vehicle.cells, vehicle.probes, vehicle.period_s = cells, probes, period_s
-        vehicle.recent = []
-        for block in recent:
-            wider = ArrivalBlock(
-                block.time_s, block.scalars, _widen(block.cell_voltage, cells), _widen(block.cell_temperature, probes)
-            )
-            vehicle.recent.append(wider)
+        """Make the pipeline anew for another width or period; what came before the first window is not lost.
+
+        Later the window begins anew, and everything else goes on: standing alerts, so that each finds its end, the
+        trend, the newest time.
+        """
+        before, pipeline = vehicle.pipeline, await self._make(vehicle_id, period_s, cells, probes)
         if vehicle.recent:
-            again = ArrivalBlock.concatenate(vehicle.recent)
-            self._alerts(vehicle_id, vehicle, await self._run(lambda: vehicle.pipeline.push(again)))
+            recent = [
+                ArrivalBlock(b.time_s, b.scalars, _widen(b.cell_voltage, cells), _widen(b.cell_temperature, probes))
+                for b in vehicle.recent
+            ]
+            again = ArrivalBlock.concatenate(recent)
+            outcomes = await self._run(lambda: pipeline.push(again))
+            vehicle.recent = recent
+            self._alerts(vehicle_id, vehicle, outcomes)  # decided before: the store knows them by their ids
+        elif not await self._run(lambda: carry_over(before, pipeline)):
+            raise RuntimeError(f"the pipeline of {vehicle_id} does not take its own state")
+        vehicle.pipeline, vehicle.cells, vehicle.probes, vehicle.period_s = pipeline, cells, probes, period_s
 
     async def _make(self, vehicle_id: str, period_s: float, cells: int, probes: int) -> Pipeline:
         """Make a pipeline; in a thread, as it loads the model.
@@ -212,12 +231,29 @@ class TelemetryService:
         )  # fmt: skip
 
     async def _evict(self, keep: str) -> None:
-        """Let go of the vehicles that were silent longest; their state waits in the store."""
-        for vehicle_id in list(self._vehicles)[: max(0, len(self._vehicles) - self._limit)]:
-            if vehicle_id != keep and not self._waiting[vehicle_id]:
-                await self._save(vehicle_id, self._vehicles[vehicle_id], snapshot=True)
-                if not self._waiting[vehicle_id]:  # nobody came for it meanwhile
-                    self._vehicles.pop(vehicle_id, None)
+        """Let go of the vehicles that were silent longest; their state waits in the store.
+
+        Each under its own lock, and one that is busy stays: so no two lock orders can meet.
+        """
+        try:
+            for vehicle_id in list(self._vehicles)[: max(0, len(self._vehicles) - self._limit)]:
+                if vehicle_id == keep or self._waiting[vehicle_id] or vehicle_id not in self._vehicles:
+                    continue
+                async with self._alone(vehicle_id):
+                    if await self._put_aside(vehicle_id, self._vehicles[vehicle_id]):
+                        del self._vehicles[vehicle_id]
+        except StoreAwayError as error:
+            log.warning("telemetry: vehicles stay in memory: %s", error)
+
+    async def _put_aside(self, vehicle_id: str, vehicle: _Vehicle) -> bool:
+        """Save; False, logged, for a state that the store can never hold: the other vehicles are not to suffer."""
+        try:
+            await self._save(vehicle_id, vehicle, snapshot=True)
+        except (sa.exc.SQLAlchemyError, MessageError, OverflowError, ValueError):
+            log.exception("telemetry: state of %s cannot be stored", vehicle_id)
+            self.counters["states_refused"] += 1
+            return False
+        return True
 
     def _push(self, vehicle: _Vehicle, frames: list[Frame]) -> list[Outcome]:
         block = self._block(frames, vehicle)
@@ -227,12 +263,22 @@ class TelemetryService:
         if vehicle.pipeline.warming_s < vehicle.period_s:
             # a frame is whole, unlike a value from a bus: nothing more can come for the window's last grid point
             outcomes += vehicle.pipeline.flush()
-        if vehicle.recent or not vehicle.known_times:
+        if vehicle.recent is not None:
             vehicle.recent.append(block)
-        vehicle.known_times = frozenset(frame.time for frame in frames)
-        if any(isinstance(o, Scored | NoScore) for o in outcomes) or len(vehicle.recent) > self._spec.frames:
-            vehicle.recent.clear()
+            if any(isinstance(o, Scored | NoScore) for o in outcomes) or len(vehicle.recent) > self._spec.frames:
+                vehicle.recent = None
         return outcomes
+
+    def _new(self, frames: list[Frame], vehicle: _Vehicle) -> list[Frame]:
+        """Leave out what was sent before: requests come one after the other, so that is all up to the newest time.
+
+        A repeated frame must not count as a second arrival, as guards ask for two, and a repeated request must not look
+        like a clock set back. One that lies further behind than any retry does: `Ingest` then follows the clock.
+        """
+        newest_s = vehicle.pipeline.last_arrival_s
+        if newest_s is None or max(frame.time for frame in frames) < newest_s - SET_BACK_S:
+            return frames
+        return [frame for frame in frames if frame.time > newest_s]
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -274,13 +320,9 @@ class TelemetryService:
         return width
 
     def _block(self, frames: list[Frame], vehicle: _Vehicle) -> ArrivalBlock:
-        """Make rows of frames: in order of time, each time once.
-
-        A frame that a client sent again must not count as a second arrival, as guards ask for two; and a whole request
-        that it sent again must not look like a clock set back.
-        """
+        """Make rows of frames: in order of time, each time once."""
         index = self._catalogue.scalar_index
-        first = {frame.time: frame for frame in reversed(frames) if frame.time not in vehicle.known_times}
+        first = {frame.time: frame for frame in reversed(frames)}
         self.counters["frames_repeated"] += len(frames) - len(first)
         ordered = [first[time_s] for time_s in sorted(first)]
         scalars = np.full((len(ordered), len(index)), np.nan)
@@ -341,7 +383,8 @@ class TelemetryService:
             ),
             received_at_s=now,
         )  # fmt: skip
-        del vehicle.pending[: len(events)]
+        stored = {id(event) for event in events}
+        vehicle.pending = [event for event in vehicle.pending if id(event) not in stored]
         vehicle.committed_at_s = now
         vehicle.dirty = not snapshot
 
@@ -377,8 +420,10 @@ class TelemetryService:
             model_release=manifest.release if manifest else None,
         )
 
-    def _notes(self, now: dict[str, int], before: dict[str, int]) -> list[str]:
+    def _notes(self, now: dict[str, int], before: dict[str, int], repeated: int) -> list[str]:
         notes = [] if self._bundle else ["no bundle: guards only, nothing is predicted"]
+        if repeated:
+            notes.append(f"frames not newer than the newest one before, left out as sent again: {repeated}")
         words = {
             "rows_late": "frames that came too late to be put in their place, and were left out",
             "values_out_of_range": "values outside their signal's range, which count as missing",

@@ -42,7 +42,7 @@ class CollectorConfig:
 
     host: str = "127.0.0.1"
     port: int = 1883
-    client_id: str = "voltwatch-collector"  # fixed: the broker keeps this session while the collector is away
+    client_id: str = "voltwatch-collector"  # the same at every start, one a store: the broker keeps the session
     username: str = ""
     password: str = field(default="", repr=False)
     keepalive_s: int = 30

@@ -86,6 +86,13 @@ def store_name(engine: AsyncEngine) -> str:
     return engine.url.render_as_string(hide_password=True)
 
 
+def store_identity(engine: AsyncEngine) -> str:
+    """Name the store the same from every directory it is opened from, without its password."""
+    if engine.url.get_backend_name() != "sqlite":
+        return store_name(engine)
+    return f"sqlite:///{Path(engine.url.database or '').resolve()}"
+
+
 def is_away(error: BaseException) -> bool:
     """Whether this fault is the store's (locked, full, unreachable: try again) and not the statement's."""
     if isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError):

@@ -26,6 +26,7 @@ class FleetStore:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self.name = connect.store_name(engine)
+        self.identity = connect.store_identity(engine)
         self.dialect = engine.dialect.name
 
     @classmethod

@@ -22,7 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_agent.contract import messages, topics
 from edge_agent.contract.signals import default_catalogue
 from tests.brokers import free_port, wait_for
-from tests.bundles import build_bundle
+from tests.bundles import build_bundle, without_a_graph
 
 pytestmark = pytest.mark.e2e
 TYPE = "charging_fault"
@@ -142,6 +142,33 @@ def test_what_can_never_work_is_one_line_and_its_exit_code(
     assert done.returncode == status
     (line,) = done.stderr.splitlines()
     assert line.startswith("fleet-cloud: error: ")
+    assert words in line
+
+
+def test_serve_refuses_a_bundle_whose_graph_does_not_load(tmp_path: Path) -> None:
+    unloadable = without_a_graph(build_bundle(tmp_path / "bundle", default_catalogue()))
+    done = command_line("serve", "--port", "0", "--bundle", str(unloadable), cwd=tmp_path)
+    assert done.returncode == 65
+    (line,) = done.stderr.splitlines()
+    assert "model.onnx: does not load" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DATABASE_URL", "mysql://h/n", "DATABASE_URL: 'mysql' is not supported"),
+        ("VOLTWATCH_SCHEMA", "none.json", "schema none.json: cannot be read"),
+        ("VOLTWATCH_BROKER", "host:port:x", "write HOST:PORT"),
+    ],
+)
+def test_uvicorn_says_in_one_line_what_can_never_work_and_fails(
+    tmp_path: Path, variable: str, value: str, words: str
+) -> None:
+    with process("uvicorn", "cloud.api:app", "--port", "0", cwd=tmp_path, **{variable: value}) as server:
+        output, _ = server.communicate(timeout=60)
+    assert server.returncode not in (0, -signal.SIGKILL)
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if "voltwatch: error: " in line]
     assert words in line
 
 

@@ -16,12 +16,13 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from cloud.api import create_app
+from cloud.api.service import Service
 from cloud.api.settings import Settings
 from cloud.collector import ingest
 from edge_agent.contract import messages, topics
 from edge_agent.contract.bundle import Decision
 from edge_agent.contract.signals import default_catalogue
-from tests.bundles import build_bundle
+from tests.bundles import build_bundle, without_a_graph
 
 pytestmark = pytest.mark.anyio
 START = 1_772_000_000.0
@@ -107,6 +108,34 @@ async def test_a_bundle_with_a_wrong_hash_leaves_guards_only_and_says_why(tmp_pa
         assert "hash does not match" in health["bundle"]["detail"]
         reply = (await client.post("/telemetry", json=post(frame(0)))).json()
         assert reply["notes"] == ["no bundle: guards only, nothing is predicted"]
+
+
+async def test_a_bundle_that_is_whole_but_no_graph_leaves_guards_only_and_says_why(tmp_path: Path) -> None:
+    unloadable = without_a_graph(build_bundle(tmp_path / "bundle", default_catalogue()))
+    async with serving(tmp_path, bundle=unloadable) as (client, _):
+        health = (await client.get("/health")).json()
+        assert health["status"] == "degraded"
+        assert not health["bundle"]["loaded"]
+        assert "does not load" in health["bundle"]["detail"]
+        answer = await client.post("/telemetry", json=post(frame(0)))
+        assert answer.status_code == 200
+        assert answer.json()["notes"] == ["no bundle: guards only, nothing is predicted"]
+
+
+async def test_one_sqlite_file_is_one_session_at_the_broker_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(url: str) -> str:
+        collector = Service(Settings(database_url=url, broker="127.0.0.1:9")).collector
+        assert collector is not None
+        return collector._config.client_id
+
+    (tmp_path / "a").mkdir()
+    absolute = session(f"sqlite:///{tmp_path}/a/v.db")
+    monkeypatch.chdir(tmp_path / "a")
+    assert session("sqlite:///v.db") == session("sqlite:///../a/v.db") == absolute
+    monkeypatch.chdir(tmp_path)
+    assert session("sqlite:///v.db") != absolute
 
 
 async def test_the_first_prediction_comes_with_the_300th_frame_then_one_a_minute(tmp_path: Path, bundle: Path) -> None:
@@ -228,6 +257,8 @@ WRONG: list[tuple[object, str, str]] = [
     (post({"time": 1, "speed": 3}), "frames[0].speed", "is not a field here"),
     (post(frame(0), period_s=0), "period_s", "greater than 0"),
     (post(frame(0), time=1), "", "not both"),
+    (post(frame(0), make="a\0b"), "make", "printable"),
+    (post(frame(0), make="a\nb"), "make", "printable"),
     ({"vehicle_id": "EV_1", "time": 1, "signals": {"nope": 1}}, "signals.nope", "the nearest is"),
     ([], "", "must be an object"),
     ("frames", "", "must be an object"),
