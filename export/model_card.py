@@ -130,7 +130,7 @@ def _severity(report: Mapping[str, Any]) -> list[str]:
         return []
     beaten = "beats" if severity.get("beats_majority") else "does **not** beat"
     line = (
-        f"The severity {beaten} always saying {constant.get('level')!r}: "
+        f"The severity {beaten} always saying {constant.get('level')!r} in both: "
         f"{_number(severity.get('accuracy'))} against {_number(constant.get('accuracy'))} exact, "
         f"{_number(severity.get('mean_steps'))} against {_number(constant.get('mean_steps'))} levels off on average."
     )

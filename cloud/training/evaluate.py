@@ -129,7 +129,7 @@ def evaluate_models(
         "policy_description": thresholds.policy.description,
         "budget_kept": budget_kept(thresholds),
         "rows": rows,
-        "severity": _severity(ground, scores, train),
+        "severity": _severity(ground, scores),
         "anomaly": _anomaly(ground, scores),
         "traces": _traces(ground, scores),
         "notes": [*_budget_notes(ground), *_notes(ground)],
@@ -301,19 +301,18 @@ def poisson_rate(count: int, exposure: float) -> Interval:
     return Interval(count / exposure, low / exposure, float(gammaincinv(count + 1, 0.95)) / exposure)
 
 
-def _severity(ground: Ground, scores: HeadScores, train: Windows) -> dict[str, Any] | None:
+def _severity(ground: Ground, scores: HeadScores) -> dict[str, Any] | None:
     """Confusion [true, said] of the severity classifier on visible windows, told the true type.
 
-    Beside it the majority class: the level that most visible training windows have, said always. Whoever does not beat
-    it in exactness and in mean steps off has learned nothing that a constant does not know.
+    Beside it the majority class, said always: the level that most of these very windows have, which no constant chosen
+    beforehand could beat in exactness. Who beats it there and in mean steps off knows more than any constant.
     """
     rows = np.flatnonzero((ground.test.severity_index >= 0) & (ground.test.variant == NATURAL))
     if scores.severity is None or not len(rows):
         return None
     said = grade(scores.severity[rows, ground.test.type_index[rows]])
     true = ground.test.severity_index[rows]
-    visible = train.severity_index[(train.severity_index >= 0) & (train.variant == NATURAL)]
-    usual = int(np.bincount(visible, minlength=len(SEVERITIES)).argmax())
+    usual = int(np.bincount(true, minlength=len(SEVERITIES)).argmax())
     ours, constant = graded(said, true), graded(np.full_like(true, usual), true)
     table = np.zeros((len(SEVERITIES), len(SEVERITIES)), int)
     np.add.at(table, (true, said), 1)

@@ -89,7 +89,7 @@ def _severity_line(graded: dict[str, Any], who: str = "severity, our classifier"
 
 def _majority_line(severity: dict[str, Any]) -> str:
     constant = severity["majority"]
-    verdict = "" if severity["beats_majority"] else "; ours does not beat it"
+    verdict = "" if severity["beats_majority"] else "; ours does not beat it in both"
     return _severity_line(constant, f"severity, always {constant['level']}") + verdict
 
 

@@ -285,7 +285,9 @@ def test_the_card_says_where_the_budget_is_exceeded_and_where_severity_is_no_bet
     assert "| motor_bearing_wear | 0.800 | 0.500 | **exceeded** |" in card
     assert "| inverter_overheating | 0.800 | 0.500 | not measured |" in card
     assert "| failure | 0.800 | | kept |" in card
-    assert "does **not** beat always saying 'critical': 0.25 against 0.45 exact, 0.95 against 1.22 levels" in card
+    assert (
+        "does **not** beat always saying 'critical' in both: 0.25 against 0.45 exact, 0.95 against 1.22 levels" in card
+    )
     assert "on the validation vehicles:" not in card, "boosters are also measured on cross-fitted training vehicles"
 
 
