@@ -2,7 +2,8 @@
 
 Promises: the same recording, mapping, bundle and vehicle give the same alerts with the same stream id and numbers, so
 that publishing twice stores once; with `--publish` it ends only when the collector has everything, or says that it
-has not. A bad bundle is an error here: nobody replays for the guards alone without saying so.
+has not. It publishes events only: what is retained on `current/…` and `status` belongs to the vehicle itself, which
+may be on the road meanwhile. A bad bundle is an error here: nobody replays for the guards alone without saying so.
 """
 
 import logging
@@ -15,19 +16,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 import numpy as np
 
-from edge_agent import health
-from edge_agent.agent import load_catalogue, retained_current
+from edge_agent.agent import load_catalogue
 from edge_agent.config import BrokerConfig
 from edge_agent.contract import messages, topics
 from edge_agent.contract.errors import ConfigError, MessageError, SourceError, UnavailableError
-from edge_agent.contract.messages import Current
 from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox
 from edge_agent.delivery.uplink import Limits, Uplink
@@ -146,9 +144,8 @@ def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
     _write_files(options, summary, changes, vehicle_id, stream_id)
     print_summary(summary, out or sys.stdout)
     if options.broker is not None:
-        publisher = _Publisher(options, options.broker, vehicle_id=vehicle_id, stream_id=stream_id, bundle=bundle,
-                               make=mapping.source.make)  # fmt: skip
-        delivered = publisher.publish(changes, summary, pipeline)
+        publisher = _Publisher(options, options.broker, vehicle_id=vehicle_id, stream_id=stream_id)
+        delivered = publisher.publish(changes, summary)
         print(
             f"published    messages: {delivered}, this summary among them, all acknowledged by the collector",
             file=out or sys.stdout,
@@ -240,18 +237,13 @@ def _write_files(
 class _Publisher:
     """Sends a replay's alerts and its summary, and waits for the collector."""
 
-    def __init__(
-        self, options: ReplayOptions, broker: BrokerConfig, *, vehicle_id: str, stream_id: str, bundle: LoadedBundle,
-        make: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, options: ReplayOptions, broker: BrokerConfig, *, vehicle_id: str, stream_id: str) -> None:
         self._options = options
         self._broker = broker
         self._vehicle_id = vehicle_id
         self._stream_id = stream_id
-        self._bundle = bundle
-        self._make = make
 
-    def publish(self, changes: list[_Change], summary: Summary, pipeline: Pipeline) -> int:
+    def publish(self, changes: list[_Change], summary: Summary) -> int:
         """Return how many messages the collector acknowledged: all. Raises `UnavailableError` otherwise."""
         with self._folder() as folder:
             outbox = Outbox(
@@ -259,19 +251,14 @@ class _Publisher:
                 stream_ids={"alert": self._stream_id}, reserve_bytes=0,
             )  # fmt: skip
             uplink = Uplink(outbox.stream_ids, STREAMS, random.SystemRandom().random, LIMITS)
-            boot_id = f"replay-{self._stream_id}"
-            link = Link(
-                self._broker, self._vehicle_id, outbox, uplink,
-                client_id=f"voltwatch-replay-{self._vehicle_id}", will=health.offline(boot_id),
-            )  # fmt: skip
+            client_id = f"voltwatch-replay-{self._vehicle_id}"
+            link = Link(self._broker, self._vehicle_id, outbox, uplink, client_id=client_id, will=None)
             try:
                 count = self._append_all(outbox, changes, summary)
                 link.start()
-                self._retain(link, outbox, changes)
-                link.publish_retained(topics.status(self._vehicle_id), self._status(summary, pipeline, "online"))
                 self._wait(link, outbox, count)
             finally:
-                if link.stop(self._status(summary, pipeline, "offline")):
+                if link.stop():
                     outbox.close()
             return count
 
@@ -323,21 +310,6 @@ class _Publisher:
         )  # fmt: skip
         return len(changes) + 1
 
-    def _retain(self, link: Link, outbox: Outbox, changes: list[_Change]) -> None:
-        """Leave on `current/…` what still stands at the recording's end."""
-        active: dict[str, Current] = {}
-        for change in changes:
-            alert = change.alert
-            key = f"{alert.failure_type}|{alert.origin}"
-            active.pop(key, None)
-            if alert.transition != "cleared":
-                active[key] = Current(alert_id=alert.alert_id, failure_type=alert.failure_type,
-                                      severity=alert.severity, since=alert.since, time=change.time)  # fmt: skip
-        for failure_type in sorted({change.alert.failure_type for change in changes}):
-            topic, payload = topics.current(self._vehicle_id, failure_type), retained_current(active, failure_type)
-            outbox.set_retained(topic, payload)
-            link.publish_retained(topic, payload)
-
     def _wait(self, link: Link, outbox: Outbox, count: int) -> None:
         """Wait until everything is acknowledged; the time-out begins again with every ack."""
         left, deadline_s = -1, time.monotonic()
@@ -356,15 +328,6 @@ class _Publisher:
                 )
                 raise UnavailableError(f"{waiting} of {count} messages not delivered: {why}; {kept}")
             time.sleep(0.05)
-
-    def _status(self, summary: Summary, pipeline: Pipeline, state: str) -> bytes:
-        last = None if summary.last_s is None else iso(summary.last_s)
-        return health.online(
-            boot_id=f"replay-{self._stream_id}", time=last or iso(0.0), clock_trusted=False,
-            agent_version=metadata.version("voltwatch"), make=self._make, source=f"replay of {summary.recording}",
-            bundle=self._bundle, problems=(), last_arrival=last, counters=pipeline.counters, outbox={},
-            scores=pipeline.last_scores, state_of_charge_percent=None, state=state,
-        )  # fmt: skip
 
     def _loss(self, loss: messages.Loss, stream_id: str, seq: int) -> bytes:
         event_id = f"{stream_id}/{seq}"

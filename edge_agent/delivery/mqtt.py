@@ -41,7 +41,7 @@ class Link:
     """Carries out an uplink over MQTT in a thread of its own. Its methods may be called from any thread.
 
     `on_ack` is called in the link's thread with every well-formed ack. `will` is published by the broker, retained, on
-    the status topic when the vehicle vanishes.
+    the status topic when the vehicle vanishes; None for who is not the vehicle itself.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Link:
         uplink: Uplink,
         *,
         client_id: str,
-        will: bytes,
+        will: bytes | None,
         on_ack: Callable[[messages.Ack], None] = lambda _: None,
     ) -> None:
         self._broker = broker
@@ -263,7 +263,8 @@ class Link:
         bound = self._uplink.limits.window + RETAINED_WINDOW
         client.max_inflight_messages_set(bound)
         client.max_queued_messages_set(bound)
-        client.will_set(topics.status(self._vehicle_id), self._will, qos=1, retain=True)
+        if self._will is not None:
+            client.will_set(topics.status(self._vehicle_id), self._will, qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import paho.mqtt.client as paho
 import pytest
 
 from edge_agent.__main__ import main
-from edge_agent.contract import messages
+from edge_agent.contract import messages, topics
 from edge_agent.contract.bundle import Decision, WindowSpec
 from edge_agent.contract.messages import decode_event
 from edge_agent.contract.signals import default_catalogue
@@ -75,8 +76,27 @@ def test_published_twice_is_stored_once(recording: list[str], broker: Broker) ->
     assert main(publish) == 0
     assert collector.stored == stored
     assert len([t for t, _, _ in collector.received if "/alert/" in t]) == 4
-    wait_for(lambda: collector.statuses("EV_8")[-1].state == "offline")
-    assert "online" in [s.state for s in collector.statuses("EV_8")]
+    collector.close()
+
+
+def test_a_replay_leaves_what_is_retained_of_a_live_vehicle_as_it_is(
+    recording: list[str], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wills: list[object] = []
+    monkeypatch.setattr(paho.Client, "will_set", lambda *said, **_: wills.append(said))
+    collector = Collector(broker.port)
+    retained = {topics.status("EV_8"): b"the live", topics.current("EV_8", "battery_degradation"): b"vehicle's"}
+    for topic, payload in retained.items():
+        collector.client.publish(topic, payload, qos=1, retain=True).wait_for_publish(10)
+    assert main([*recording, "--publish", "--broker", f"127.0.0.1:{broker.port}", "--timeout", "10"]) == 0
+    assert len(collector.stored) == 3
+    assert wills == [], "nor is anything said when it breaks off"
+    late = Collector(broker.port, name="late")
+    wait_for(lambda: len(late.received) >= 2, what="what is retained")
+    assert {topic: payload for topic, payload, _ in late.received} == retained
+    told = [topic for topic, _, _ in collector.received if topics.parse(topic).kind in {"status", "current"}]
+    assert sorted(told) == sorted(retained), "nothing was said on them but by the vehicle"
+    late.close()
     collector.close()
 
 
