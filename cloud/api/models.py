@@ -391,7 +391,7 @@ class DecisionRule(Answer):
 
 
 class Policy(Answer):
-    """Thresholds that one stated policy gives, with what was measured for them on validation vehicles."""
+    """Thresholds that one stated policy gives, with what was measured for them on vehicles each head has not seen."""
 
     description: str
     failure: float | None

@@ -123,7 +123,7 @@ class Decision(Part, frozen=True, kw_only=True):
 
 
 class Policy(Part, frozen=True, kw_only=True):
-    """Thresholds that one stated policy gives, with what was measured for them on the validation vehicles."""
+    """Thresholds that one stated policy gives, with what was measured for them on vehicles each head has not seen."""
 
     description: str
     types: dict[str, TypeThreshold]
