@@ -22,7 +22,7 @@ from cloud.store.items import (
     Written,
 )
 from edge_agent.contract import messages
-from edge_agent.contract.messages import Alert, Loss, Status
+from edge_agent.contract.messages import Alert, Loss, ReplaySummary, Status
 
 SERVER_STREAM = "server"  # events decided here, from frames that came over HTTP; no vehicle may use this stream
 MAX_PARKED = 10_000  # newer messages kept a vehicle; a vehicle repeats what is not acknowledged, so this is no loss
@@ -42,6 +42,7 @@ async def write(connection: AsyncConnection, items: Sequence[Item], received_at_
     seen = dict.fromkeys(item.vehicle_id for item in events)
     await _touch(connection, list(seen), received_at_s)
     stored = await _store_events(connection, events, received_at_s)
+    await _replays(connection, events)
     await _statuses(connection, [item for item in items if isinstance(item, StatusItem)], received_at_s)
     for item in items:
         if isinstance(item, CurrentItem):
@@ -185,6 +186,20 @@ async def _fold_alerts(connection: AsyncConnection, alerts: set[tuple[str, str]]
         await connection.execute(
             statement.on_conflict_do_update(index_elements=["vehicle_id", "alert_id"], set_=changed), rows
         )
+
+
+async def _replays(connection: AsyncConnection, events: list[EventItem]) -> None:
+    """Show a vehicle that is known by a recording alone as what the recording says; a live one's row stays its own."""
+    for item in events:
+        if item.envelope.type != messages.TYPE_PREFIX + "replay":
+            continue
+        _, said = messages.decode_event(item.body, item.vehicle_id)
+        if isinstance(said, ReplaySummary):
+            await connection.execute(
+                sa.update(tables.vehicle)
+                .where(tables.vehicle.c.vehicle_id == item.vehicle_id, tables.vehicle.c.state == "unknown")
+                .values(source="replay", model_release=said.model_release, last_arrival=said.last_time)
+            )
 
 
 async def _statuses(connection: AsyncConnection, items: list[StatusItem], received_at_s: float) -> None:

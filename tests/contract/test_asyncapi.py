@@ -59,12 +59,10 @@ def test_captured_traffic_fits_the_document(asyncapi: ModuleType, recording: lis
         m.mid, m.qos)))  # fmt: skip
     collector.client.subscribe(topics.ack("EV_8"), qos=1)
     assert main([*recording, "--publish", "--broker", f"127.0.0.1:{broker.port}", "--timeout", "10"]) == 0
-    wait_for(lambda: acks and collector.statuses("EV_8")[-1].state == "offline")
+    wait_for(lambda: acks)
     kinds = {check(asyncapi, topic, payload) for topic, payload, _ in collector.received if payload}
     kinds |= {check(asyncapi, topics.ack("EV_8"), ack) for ack in acks}
-    assert kinds == {"alert", "notice", "status", "ack"}
-    # the recording's alert was over at its end: its retained state is an empty payload, which needs no schema
-    assert {p for t, p, _ in collector.received if "/current/" in t} == {b""}
+    assert kinds == {"alert", "notice", "ack"}
     collector.close()
 
 
@@ -75,7 +73,12 @@ def test_each_kind_of_message_fits_the_document_and_a_wrong_one_does_not(asyncap
         variables=(messages.DriftVariable(name="v", stratum="driving", counts=(1, 2)),),
     )  # fmt: skip
     current = messages.Current(alert_id="a", failure_type="anomaly", severity="low", since="s", time="t")
-    good = {topics.current("E", "anomaly"): messages.encode(current)}
+    good = {
+        topics.current("E", "anomaly"): messages.encode(current),
+        topics.status("E"): messages.encode(
+            messages.Status(state="online", counters={"frames": 1}, scores={"x": None})
+        ),
+    }
     for topic, data in ((topics.notice("E"), loss), (topics.drift("E"), drift)):
         good[topic] = messages.encode(
             messages.event(data, event_id="e", vehicle_id="E", time="2026-11-01T00:00:00.000Z", stream_id="s", seq=1,
@@ -84,7 +87,7 @@ def test_each_kind_of_message_fits_the_document_and_a_wrong_one_does_not(asyncap
     for topic, payload in good.items():
         check(asyncapi, topic, payload)
         broken = json.loads(payload)
-        del broken["schemaversion" if "seq" in broken else "severity"]
+        del broken[next(name for name in ("seq", "severity", "state") if name in broken)]
         with pytest.raises(jsonschema_rs.ValidationError):
             check(asyncapi, topic, json.dumps(broken).encode())
     wrong = json.loads(good[topics.notice("E")])

@@ -140,7 +140,8 @@ def test_a_real_vehicle_is_replayed_published_and_stored_once(
     assert told["windows_scored"] > 100
     assert told["cells"] == cells, "every cell voltage is used"
     vehicles = fleet.api.vehicles()
-    assert len(vehicles) == 1
+    assert [(v["source"], v["model"]["release"]) for v in vehicles] == [("replay", told["model_release"])]
+    assert vehicles[0]["last_arrival"].startswith({"vehicle_a": "2021-05-06", "vehicle_b": "2019-05-12"}[name])
     before = fleet.get("/health")["store"]["newest_ingest_id"]
     alerts = [(a["alert_id"], a["transitions"]) for a in fleet.api.alerts()]
     lines = [json.loads(line) for line in (tmp_path / "alerts.jsonl").read_text().splitlines()]
