@@ -185,7 +185,7 @@ def test_ctrl_c_ends_the_demo_and_every_process_of_it(workspace: Path, tmp_path:
 def in_session(leader: int) -> str:
     """Return the processes of a session that are still there (zombies are not)."""
     listed = subprocess.run(
-        ["ps", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True, check=False
+        ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(leader)], capture_output=True, text=True, check=False
     )
     return "\n".join(line for line in listed.stdout.splitlines() if line.split()[1][0] != "Z")
 
