@@ -25,13 +25,14 @@ from edge_agent.config import Config, read_text
 from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.errors import BundleError, ConfigError, VoltwatchError
-from edge_agent.contract.mapping import BoundMapping, parse_mapping
+from edge_agent.contract.mapping import BoundMapping
 from edge_agent.contract.messages import Current, Event
 from edge_agent.contract.signals import SEVERITIES, Catalogue, default_catalogue, parse_schema
 from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox, OutboxError
 from edge_agent.delivery.uplink import Uplink
 from edge_agent.logs import event
+from edge_agent.mappings import read_mapping
 from edge_agent.pipeline.alerts import alert_message, iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
@@ -389,7 +390,7 @@ def open_can(config: Config, catalogue: Catalogue, now: Callable[[], float]) -> 
     except ImportError as error:
         raise ConfigError(f"source.kind 'can' needs {error.name}; run: pip install 'voltwatch[can]'") from error
     source = config.source
-    mapping = parse_mapping(read_text(Path(source.mapping), "mapping"), source.mapping)
+    mapping = read_mapping(source.mapping).mapping
     if mapping.source.time is not None:
         raise ConfigError(f"mapping {source.mapping}: a live bus has no time column; remove [source.time]")
     database = can_source.load_database(Path(source.dbc))
