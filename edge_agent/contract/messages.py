@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from edge_agent.contract.errors import MessageError, NewerMajorError
+from edge_agent.contract.samples import MAX_PARTS
 
 SCHEMA_VERSION = "1.0"
 TYPE_PREFIX = "io.voltwatch."
@@ -110,7 +111,11 @@ class DriftVariable(Body, frozen=True, kw_only=True):
 
 
 class DriftCounts(Body, frozen=True, kw_only=True):
-    """Counts over one span of time, mergeable by adding: of windows for features and scores, of frames for signals."""
+    """Counts over one span of time, mergeable by adding: of windows for features and scores, of frames for signals.
+
+    One message has the counts of one stratum: `windows` is how many of its windows were counted, which is also what the
+    counts of every feature and score add up to; those of every signal add up to that many strides of frames.
+    """
 
     model_release: int
     reference: Identifier  # sha256 of drift_reference.json: counts of other bins never mix
@@ -118,6 +123,31 @@ class DriftCounts(Body, frozen=True, kw_only=True):
     last_time: str
     windows: Annotated[int, Meta(ge=0)]
     variables: tuple[DriftVariable, ...]
+
+
+class Sample(Body, frozen=True, kw_only=True):
+    """One part of a raw window for training; the parts in order, joined, are what `samples.pack` made.
+
+    `sha256` and `length` are of the joined bytes, so that a cut or mixed sample is known. `alert_id` and `failure_type`
+    name the alert that the window stands around; empty for one of the random share. `state_id` says which release's
+    state tensors the packed window carries.
+    """
+
+    sample_id: Identifier
+    reason: Literal["alert", "random"]
+    part: Annotated[int, Meta(ge=1, le=MAX_PARTS)]
+    parts: Annotated[int, Meta(ge=1, le=MAX_PARTS)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    length: Annotated[int, Meta(ge=1, le=MAX_PARTS * MAX_MESSAGE_BYTES)]
+    end_time: Annotated[str, Meta(min_length=20, max_length=40)]
+    elapsed_s: Annotated[float, Meta(ge=0.0)]
+    coverage: Probability
+    stratum: Stratum
+    state_id: Annotated[str, Meta(max_length=128)] = ""
+    model_release: int | None = None
+    alert_id: Annotated[str, Meta(max_length=128)] = ""
+    failure_type: Annotated[str, Meta(max_length=128)] = ""
+    payload: bytes  # base64 in JSON
 
 
 class Event(Body, frozen=True, kw_only=True):
@@ -182,12 +212,13 @@ class Ack(Body, frozen=True, kw_only=True):
     time: str
 
 
-EventData = Alert | Loss | ReplaySummary | DriftCounts
+EventData = Alert | Loss | ReplaySummary | DriftCounts | Sample
 EVENT_TYPES: dict[str, type[EventData]] = {
     TYPE_PREFIX + "alert": Alert,
     TYPE_PREFIX + "loss": Loss,
     TYPE_PREFIX + "replay": ReplaySummary,
     TYPE_PREFIX + "drift": DriftCounts,
+    TYPE_PREFIX + "sample": Sample,
 }
 _TYPE_OF = {kind: name for name, kind in EVENT_TYPES.items()}
 T = TypeVar("T")
