@@ -1,19 +1,16 @@
 """The HTTP endpoints: read the question, ask the store or the pipeline, show the answer."""
 
 import asyncio
-import math
 import time
-from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.dependencies.models import Dependant
 
 from cloud.api import models
 from cloud.api.body import read_telemetry
-from cloud.api.problems import MEDIA_TYPE, FieldProblem, ProblemError
+from cloud.api.endpoint import AWAY, WRONG, Limit, Running, Word, only_known_parameters, problem, since
 from cloud.api.service import Service
 from cloud.store import reading
 from cloud.store.fleet_store import StoreAwayError
@@ -23,44 +20,8 @@ from edge_agent.pipeline.alerts import iso
 
 HEALTH_TIMEOUT_S = 3.0  # a store that needs longer to say 1 is not well
 HTTP_SILENCE_S = 120.0  # a vehicle over HTTP has no last will: silent for longer it counts as offline
-Word = Annotated[str, Query(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
-Limit = Annotated[int, Query(ge=1, le=500, description="At most so many.")]
 
-
-async def service(request: Request) -> Service:
-    """Return the running service."""
-    found: Service = request.app.state.service
-    return found
-
-
-async def only_known_parameters(request: Request) -> None:
-    """Refuse a query parameter that this path does not have: a mistyped filter would silently show everything."""
-    known = _query_names(request.scope["route"].dependant)
-    for name in request.query_params:
-        if name not in known:
-            words = f"is not a parameter here; there {'are' if known else 'is'} {', '.join(sorted(known)) or 'none'}"
-            shown = name[:80].encode("ascii", "replace").decode()
-            raise ProblemError(422, f"{shown}: {words}", errors=[FieldProblem(field=shown, problem=words)])
-
-
-def _query_names(dependant: Dependant) -> set[str]:
-    names = {field.alias for field in dependant.query_params}
-    return names.union(*(_query_names(part) for part in dependant.dependencies))
-
-
-def _problem(description: str) -> dict[str, Any]:
-    return {
-        "description": description,
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-    }
-
-
-AWAY: dict[int | str, dict[str, Any]] = {
-    503: _problem("The store cannot be used at the moment; try again after Retry-After seconds.")
-}
-WRONG: dict[int | str, dict[str, Any]] = {422: _problem("A parameter or field is wrong; `errors` names each.")}
 router = APIRouter(dependencies=[Depends(only_known_parameters)], responses=WRONG)
-Running = Annotated[Service, Depends(service)]
 
 
 @router.get("/", summary="Health check", tags=["service"])
@@ -144,9 +105,9 @@ def _bundle(running: Service) -> models.BundleHealth:
 
 @router.post(
     "/telemetry", summary="Ingest frames", tags=["telemetry"], responses={
-        **AWAY, 408: _problem("The body came too slowly."),
-        413: _problem("The body or its number of frames is too large."),
-        415: _problem("The body is not declared as JSON."), 400: _problem("The connection ended before the body did."),
+        **AWAY, 408: problem("The body came too slowly."),
+        413: problem("The body or its number of frames is too large."),
+        415: problem("The body is not declared as JSON."), 400: problem("The connection ended before the body did."),
     },
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {
         "schema": {"$ref": "#/components/schemas/Telemetry"},
@@ -210,33 +171,6 @@ def _vehicle(row: Row, open_alerts: list[models.OpenAlert], now: float) -> model
     )  # fmt: skip
 
 
-async def _since(
-    since: Annotated[
-        str | None,
-        Query(
-            max_length=40, examples=["2026-03-01T00:00:00Z"],
-            description="Only what arrived at the server at or after this time: ISO 8601 (UTC if it names no zone) or "
-            "Unix seconds.",
-        ),
-    ] = None,
-) -> float | None:  # fmt: skip
-    if since is None:
-        return None
-    try:
-        seconds = float(since)
-    except ValueError:
-        try:
-            text = since.strip()
-            read = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)  # a + arrives as a space
-            seconds = (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            seconds = math.nan
-    if not math.isfinite(seconds):
-        problem = "must be an ISO 8601 time, as 2026-03-01T00:00:00Z, or Unix seconds"
-        raise ProblemError(422, f"since: {problem}", errors=[FieldProblem(field="since", problem=problem)])
-    return seconds
-
-
 @router.get("/alerts", summary="View recent alerts", tags=["fleet"], responses={**AWAY})
 async def alerts(
     *,
@@ -248,13 +182,13 @@ async def alerts(
         Literal["open", "raised", "escalated", "cleared"] | None, Query(description="open = raised or escalated.")
     ] = None,
     origin: Annotated[Literal["model", "guard"] | None, Query(description="A model's head, or a fixed rule.")] = None,
-    since: Annotated[float | None, Depends(_since)] = None,
+    since_s: Annotated[float | None, Depends(since)] = None,
     limit: Limit = 100,
     cursor: Annotated[int | None, Query(ge=0, le=2**62, description="`next` of the page before.")] = None,
 ) -> models.AlertPage:
     """Alerts of the fleet in the order of their arrival here, the newest first: clocks of vehicles may be wrong."""
     wanted = AlertFilter(
-        vehicle_id=vehicle_id, failure_type=failure_type, severity=severity, state=state, origin=origin, since_s=since
+        vehicle_id=vehicle_id, failure_type=failure_type, severity=severity, state=state, origin=origin, since_s=since_s
     )
     async with running.store.reading() as connection:
         rows = await reading.alerts(connection, wanted, before=cursor, limit=limit + 1)

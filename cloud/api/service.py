@@ -10,7 +10,8 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 
 from cloud.api.settings import Settings
@@ -68,7 +69,13 @@ class Service:
             )  # fmt: skip
             self.collector = Collector(self.store, config, wall=self.wall)
         self.sockets = 0
+        self.counters: Counter[str] = Counter()
+        self._steps: list[tuple[str, float, Callable[[], Awaitable[None]]]] = []
         self._tasks: list[asyncio.Task[None]] = []
+
+    def every(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Run `work` again and again from the start to the stop, with so many seconds between two runs."""
+        self._steps.append((name, seconds, work))
 
     def wall(self) -> float:
         """Return the server's clock, Unix seconds."""
@@ -82,6 +89,8 @@ class Service:
         except StoreAwayError as error:
             log.warning("api: %s; trying again", error)
         self._begin(self._run(), "service")
+        for name, seconds, work in self._steps:
+            self._begin(self._repeat(name, seconds, work), name)
 
     async def stop(self) -> None:
         """Stop collecting, save the pipelines' states, close the store."""
@@ -97,6 +106,20 @@ class Service:
 
     def _begin(self, work: Coroutine[None, None, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
+
+    async def _repeat(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            if self.store_ready:
+                try:
+                    await work()
+                    self.counters[f"{name}_runs"] += 1
+                except StoreAwayError as error:
+                    log.debug("%s: %s", name, error)
+                    self.counters[f"{name}_store_away"] += 1
+                except Exception:
+                    log.exception("%s: failed; it is tried again", name)
+                    self.counters[f"{name}_failures"] += 1
+            await asyncio.sleep(seconds if self.store_ready else 1.0)
 
     async def _run(self) -> None:
         while not self.store_ready:

@@ -9,13 +9,17 @@ from cloud.store.connect import DEFAULT_URL
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
 
+DEFAULT_LAKE = "var/lake"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One service's configuration. Limits carry their reason.
 
     From the environment: DATABASE_URL, VOLTWATCH_BUNDLE (a directory), VOLTWATCH_SCHEMA (a file), VOLTWATCH_BROKER
-    (HOST:PORT), VOLTWATCH_BROKER_USERNAME, VOLTWATCH_BROKER_PASSWORD.
+    (HOST:PORT), VOLTWATCH_BROKER_USERNAME, VOLTWATCH_BROKER_PASSWORD, VOLTWATCH_LAKE (a directory or fsspec URL),
+    VOLTWATCH_CONFIG (config.json: limits of drift and retraining), VOLTWATCH_MANUAL (ev_repair_manual.json),
+    VOLTWATCH_EMBEDDING (the directory of the sentence model).
     """
 
     database_url: str = DEFAULT_URL
@@ -24,6 +28,10 @@ class Settings:
     broker: str | None = None  # None: no collector in this process
     broker_username: str = ""
     broker_password: str = ""
+    lake: str = DEFAULT_LAKE
+    config: Path | None = None  # None: the one that comes with the package
+    manual: Path | None = None  # None: the one that comes with the package
+    embedding: Path | None = None  # None: where the build step puts it; retrieval is by words alone where it is absent
     max_body_bytes: int = 4 * 2**20  # an hour at 1 Hz with its cells is about 3 MB
     max_frames: int = 3_600  # of one post or message: more is a recording, which `edge-agent replay` takes
     body_timeout_s: float = 30.0  # a body that drips longer is given up
@@ -47,6 +55,10 @@ class Settings:
             broker=environment.get("VOLTWATCH_BROKER") or None,
             broker_username=environment.get("VOLTWATCH_BROKER_USERNAME", ""),
             broker_password=environment.get("VOLTWATCH_BROKER_PASSWORD", ""),
+            lake=environment.get("VOLTWATCH_LAKE") or DEFAULT_LAKE,
+            config=path("VOLTWATCH_CONFIG"),
+            manual=path("VOLTWATCH_MANUAL"),
+            embedding=path("VOLTWATCH_EMBEDDING"),
         )
 
     def catalogue(self) -> Catalogue:

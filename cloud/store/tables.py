@@ -141,3 +141,134 @@ pipeline_state = sa.Table(
     sa.Column("snapshot", sa.LargeBinary, nullable=False),
     sa.Column("updated_at_s", sa.Double, nullable=False),
 )  # fmt: skip
+
+# one row a stored drift event: where in time and against which bins its counts belong; the counts are in event.body
+drift = sa.Table(
+    "drift", metadata,
+    sa.Column("ingest_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("vehicle_id", VehicleId, nullable=False),
+    sa.Column("reference", sa.String(128), nullable=False),  # sha256 of the bins; a release unknown here waits for it
+    sa.Column("model_release", sa.BigInteger, nullable=False),
+    sa.Column("stratum", sa.String(16), nullable=False),
+    sa.Column("at_s", sa.Double, nullable=False),  # the span's end by a trusted or replayed clock, else the arrival
+    sa.Column("windows", sa.BigInteger, nullable=False),
+    sa.Column("problem", sa.Text, nullable=False, server_default=""),  # why its counts are set aside; empty: counted
+    sa.Index(None, "reference", "at_s"),
+    sa.Index(None, "vehicle_id", "at_s"),
+)  # fmt: skip
+
+# the bins of every release that ever served here: counts of an old one stay readable
+drift_reference = sa.Table(
+    "drift_reference", metadata,
+    sa.Column("reference", sa.String(64), primary_key=True),  # sha256, hex
+    sa.Column("model_release", sa.BigInteger, nullable=False),
+    sa.Column("model_name", sa.Text, nullable=False),
+    sa.Column("window_spec", sa.Text, nullable=False),  # JSON of the contract's WindowSpec
+    sa.Column("body", sa.LargeBinary, nullable=False),  # drift_reference.json, the very bytes
+    sa.Column("first_seen_at_s", sa.Double, nullable=False),
+)  # fmt: skip
+
+# one row an episode: a variable of a vehicle, a make or the fleet that left its reference, until it came back
+drift_alert = sa.Table(
+    "drift_alert", metadata,
+    sa.Column("drift_alert_id", Id, primary_key=True, autoincrement=True),
+    sa.Column("scope", sa.String(16), nullable=False),  # vehicle, make or fleet
+    sa.Column("scope_id", sa.Text, nullable=False),  # its id; empty for the fleet
+    sa.Column("reference", sa.String(64), nullable=False),
+    sa.Column("model_release", sa.BigInteger, nullable=False),
+    sa.Column("stratum", sa.String(16), nullable=False),
+    sa.Column("variable", sa.Text, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),  # signal, feature or score
+    sa.Column("measure", sa.String(32), nullable=False),  # psi
+    sa.Column("value", sa.Double, nullable=False),  # the newest while it is open
+    sa.Column("threshold", sa.Double, nullable=False),
+    sa.Column("windows", sa.BigInteger, nullable=False),
+    sa.Column("vehicles", sa.Integer, nullable=False),
+    sa.Column("raised_at_s", sa.Double, nullable=False),
+    sa.Column("updated_at_s", sa.Double, nullable=False),
+    sa.Column("cleared_at_s", sa.Double),
+    sa.Index(None, "scope", "scope_id", "cleared_at_s"),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+
+sample = sa.Table(
+    "sample", metadata,
+    sa.Column("vehicle_id", VehicleId, primary_key=True),
+    sa.Column("sample_id", sa.String(128), primary_key=True),
+    sa.Column("ingest_id", sa.BigInteger, nullable=False),  # of its first part here
+    sa.Column("reason", sa.String(16), nullable=False),  # alert or random
+    sa.Column("alert_id", sa.String(128), nullable=False),
+    sa.Column("failure_type", sa.String(128), nullable=False),
+    sa.Column("stratum", sa.String(16), nullable=False),
+    sa.Column("end_time", sa.String(40), nullable=False),
+    sa.Column("elapsed_s", sa.Double, nullable=False),
+    sa.Column("coverage", sa.Double, nullable=False),
+    sa.Column("state_id", sa.String(128), nullable=False),
+    sa.Column("model_release", sa.BigInteger),
+    sa.Column("parts", sa.Integer, nullable=False),
+    sa.Column("length", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("received_at_s", sa.Double, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),  # waiting (for parts), whole, lake, or broken
+    sa.Column("detail", sa.Text, nullable=False, server_default=""),  # why it is broken
+    sa.Column("lake_file", sa.Text, nullable=False, server_default=""),
+    sa.Column("stored_at_s", sa.Double),  # in the lake
+    sa.Index(None, "ingest_id", unique=True),
+    sa.Index(None, "state", "stored_at_s"),
+    sa.Index(None, "vehicle_id", "alert_id"),
+)  # fmt: skip
+
+# parts until their sample lies in the lake
+sample_part = sa.Table(
+    "sample_part", metadata,
+    sa.Column("vehicle_id", VehicleId, primary_key=True),
+    sa.Column("sample_id", sa.String(128), primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("ingest_id", sa.BigInteger, nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+)  # fmt: skip
+
+# who did what about an alert, and why: never changed, never removed
+alert_action = sa.Table(
+    "alert_action", metadata,
+    sa.Column("action_id", Id, primary_key=True, autoincrement=True),
+    sa.Column("vehicle_id", VehicleId, nullable=False),
+    sa.Column("alert_id", sa.String(128), nullable=False),
+    sa.Column("action", sa.String(16), nullable=False),  # acknowledge, confirm, false-alarm or resolve
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("failure_type", sa.String(128)),  # what it really was, where that differs
+    sa.Column("severity", sa.String(16)),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Index(None, "vehicle_id", "alert_id"),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+
+# where an alert's work stands, folded from its actions (cloud.work); no row: nobody has looked at it
+alert_work = sa.Table(
+    "alert_work", metadata,
+    sa.Column("vehicle_id", VehicleId, primary_key=True),
+    sa.Column("alert_id", sa.String(128), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),  # acknowledged, confirmed, false_alarm or resolved
+    sa.Column("verdict", sa.String(16)),  # confirmed or false_alarm: the label; kept when it is resolved
+    sa.Column("failure_type", sa.String(128)),  # the label's type and severity where a person corrected them
+    sa.Column("severity", sa.String(16)),
+    sa.Column("updated_at_s", sa.Double, nullable=False),
+    sa.Index(None, "verdict"),
+    sa.Index(None, "state"),
+)  # fmt: skip
+
+training_run = sa.Table(
+    "training_run", metadata,
+    sa.Column("run_id", Id, primary_key=True, autoincrement=True),
+    sa.Column("started_at_s", sa.Double, nullable=False),
+    sa.Column("finished_at_s", sa.Double, nullable=False),
+    sa.Column("champion_release", sa.BigInteger),
+    sa.Column("verdict", sa.String(32), nullable=False),  # challenger, or champion
+    sa.Column("samples", sa.BigInteger, nullable=False),  # of the lake that it learned from
+    sa.Column("labels", sa.BigInteger, nullable=False),  # of operators among them
+    sa.Column("frozen_sha256", sa.String(64), nullable=False),  # the set that both were held against
+    sa.Column("report", sa.Text, nullable=False),  # JSON: figures, reasons, where the models lie
+    sa.Index(None, "finished_at_s"),
+    sqlite_autoincrement=True,
+)  # fmt: skip

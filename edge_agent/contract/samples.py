@@ -42,7 +42,7 @@ class SampleWindow:
 
 
 class _Columns(msgspec.Struct, frozen=True, array_like=True):
-    """[N, K] as int16: value = offset + scale × code; column after column, each as differences."""
+    """[N, K] as int16: value = offset + scale * code; column after column, each as differences."""
 
     rows: int
     scale: tuple[float, ...]
@@ -126,7 +126,7 @@ def _decode(columns: _Columns) -> Float32Array:
     moved = np.frombuffer(columns.codes, "<i2").reshape(width, columns.rows).T
     codes = np.cumsum(moved, axis=0, dtype=np.int16)
     with np.errstate(over="ignore", invalid="ignore"):
-        values = np.asarray(columns.offset) + np.asarray(columns.scale) * codes.astype(np.float64)
+        values: npt.NDArray[np.float64] = np.asarray(columns.offset) + np.asarray(columns.scale) * codes
     missing = codes == _MISSING
     if not (np.abs(values[~missing]) <= np.finfo(np.float32).max).all():
         raise MessageError("a sample with a value that is no finite number")
@@ -140,4 +140,5 @@ def _tensor(tensor: _Tensor) -> Float32Array:
         size *= n
     if min(tensor.shape, default=1) < 0 or len(tensor.shape) > 8 or len(tensor.data) != 4 * size:
         raise MessageError("a sample with a state tensor that does not have the length it states")
-    return np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).astype(np.float32)
+    values: Float32Array = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).astype(np.float32)
+    return values

@@ -1,0 +1,1 @@
+"""What to repair, from the manual, with its source."""

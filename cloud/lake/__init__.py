@@ -1,0 +1,1 @@
+"""The lake: raw windows for training, in Parquet, partitioned by day."""
