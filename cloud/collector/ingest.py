@@ -8,15 +8,18 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cloud.store.items import CurrentItem, EventItem, Item, ParkItem, RefusedItem, StatusItem
+from cloud.store.items import CurrentItem, EventItem, Item, ParkItem, RefusedItem, StatusItem, folded
+from cloud.store.wire_time import unix_s
 from cloud.store.writing import SERVER_STREAM
 from edge_agent.contract import messages, topics
 from edge_agent.contract.errors import MessageError, NewerMajorError
-from edge_agent.contract.messages import Alert, DriftCounts, Event, EventData, Loss, ReplaySummary, Status
+from edge_agent.contract.messages import Alert, DriftCounts, Event, EventData, Loss, ReplaySummary, Sample, Status
 from edge_agent.contract.topics import Topic
 
-SUBSCRIPTIONS = tuple(topics.subscription(kind) for kind in ("alert", "notice", "drift", "status", "current"))
-_CARRIES: dict[str, tuple[type, ...]] = {"alert": (Alert,), "notice": (Loss, ReplaySummary), "drift": (DriftCounts,)}
+SUBSCRIPTIONS = tuple(topics.subscription(kind) for kind in ("alert", "notice", "drift", "sample", "status", "current"))
+_CARRIES: dict[str, tuple[type, ...]] = {
+    "alert": (Alert,), "notice": (Loss, ReplaySummary), "drift": (DriftCounts,), "sample": (Sample,),
+}  # fmt: skip
 _MAX_TIME = 40  # characters of a time, as the envelope allows
 _MAX_COUNT = 2**62  # what a 64-bit column holds, with room
 
@@ -62,8 +65,7 @@ def _understand(parsed: Topic, topic: str, payload: bytes, *, retained: bool) ->
     if parsed.kind in _CARRIES:
         envelope, data = messages.decode_event(payload, parsed.vehicle_id)
         _check_event(parsed, envelope, data)
-        kept = data if isinstance(data, Alert | Loss) else None
-        return EventItem(parsed.vehicle_id, topic, envelope, kept, payload)
+        return EventItem(parsed.vehicle_id, topic, envelope, folded(data), payload)
     if parsed.kind == "status":
         if not payload:  # somebody removed the retained status: the vehicle's row stays as it is
             raise _RefusedError("empty_status", "an empty status says nothing")
@@ -100,6 +102,52 @@ def _check_event(parsed: Topic, envelope: Event, data: EventData) -> None:
     elif isinstance(data, Loss):
         _check_text(data.stream_id, data.stream, data.reason)
         _check_count(data.count)
+    elif isinstance(data, DriftCounts):
+        _check_drift(data)
+    elif isinstance(data, Sample):
+        _check_sample(data)
+
+
+def _check_drift(told: DriftCounts) -> None:
+    """Refuse counts that do not add up in themselves: added to the others they would shift them for good.
+
+    Every feature and score is counted once a window, every signal once a frame of the newest stride: so each variable's
+    counts add up to the windows, or to one common number of frames, which is that many whole strides.
+    """
+    _check_text(told.reference, *(variable.name for variable in told.variables))
+    _check_moment(told.first_time)
+    _check_moment(told.last_time)
+    _check_count(told.model_release)
+    _check_count(told.windows)
+    if not told.variables:
+        raise _RefusedError("counts", "drift counts of no variable")
+    seen: dict[str, int] = {}
+    for variable in told.variables:
+        if variable.stratum != told.variables[0].stratum:
+            mixed = sorted({told.variables[0].stratum, variable.stratum})
+            raise _RefusedError("counts", f"drift counts of {mixed[0]} and {mixed[1]} in one message")
+        if variable.name in seen:
+            raise _RefusedError("counts", f"drift counts of {variable.name[:80]!a} twice in one message")
+        total = seen[variable.name] = sum(variable.counts)
+        _check_count(total)
+        if total != told.windows and (not told.windows or not total or total % told.windows):
+            raise _RefusedError(
+                "counts", f"counts of {variable.name[:80]!a} add up to {total}, which is no multiple of the "
+                f"{told.windows} windows"
+            )  # fmt: skip
+    frames = sorted({total for total in seen.values() if total != told.windows})
+    if len(frames) > 1:
+        raise _RefusedError("counts", f"signals counted over {frames[0]} frames and over {frames[1]} in one message")
+
+
+def _check_sample(told: Sample) -> None:
+    _check_text(told.sample_id, told.state_id, told.alert_id, told.failure_type)
+    _check_moment(told.end_time)
+    _check_count(told.model_release)
+    if told.part > told.parts:
+        raise _RefusedError("malformed", f"part {told.part} of a sample of {told.parts}")
+    if not told.payload:
+        raise _RefusedError("malformed", f"part {told.part} of a sample is empty")
 
 
 def _check_status(status: Status) -> None:
@@ -117,6 +165,11 @@ def _check_time(text: str) -> None:
     if len(text) > _MAX_TIME:
         raise _RefusedError("malformed", f"a time of {len(text)} characters; {_MAX_TIME} are enough")
     _check_text(text)
+
+
+def _check_moment(text: str) -> None:
+    _check_time(text)
+    unix_s(text)
 
 
 def _check_text(*texts: str) -> None:

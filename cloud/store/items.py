@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_agent.contract.messages import Alert, Current, Event, Loss, Status
+from edge_agent.contract.messages import Alert, Current, DriftCounts, Event, EventData, Loss, Sample, Status
+
+Folded = Alert | Loss | DriftCounts | Sample
+
+
+def folded(data: EventData) -> Folded | None:
+    """Return what the tables fold further, None for what is kept as it came."""
+    return data if isinstance(data, Alert | Loss | DriftCounts | Sample) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +20,7 @@ class EventItem:
     vehicle_id: str
     topic: str
     envelope: Event
-    data: Alert | Loss | None  # what the tables fold further; None for every other event
+    data: Folded | None  # what the tables fold further; None for every other event
     body: bytes
 
     @property

@@ -93,8 +93,8 @@ def test_only_events_are_acknowledged_to_the_vehicle_duplicates_too() -> None:
 
 def test_everything_subscribed_to_is_understood() -> None:
     assert ingest.SUBSCRIPTIONS == (
-        "voltwatch/v1/+/alert/+", "voltwatch/v1/+/notice", "voltwatch/v1/+/drift", "voltwatch/v1/+/status",
-        "voltwatch/v1/+/current/+",
+        "voltwatch/v1/+/alert/+", "voltwatch/v1/+/notice", "voltwatch/v1/+/drift", "voltwatch/v1/+/sample",
+        "voltwatch/v1/+/status", "voltwatch/v1/+/current/+",
     )  # fmt: skip
 
 
