@@ -49,12 +49,12 @@ class FleetStore:
 
     async def commit(self, items: Sequence[Item], *, received_at_s: float) -> Written:
         """Store a batch in one transaction."""
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             return await writing.write(connection, items, received_at_s)
 
     async def commit_telemetry(self, step: TelemetryCommit, *, received_at_s: float) -> Written:
         """Store one step of a server-side pipeline: its events, its state and the vehicle's row, or nothing."""
-        async with self._writing() as connection:
+        async with self.writing() as connection:
             return await writing.write_telemetry(connection, step, received_at_s)
 
     async def pipeline_state(self, vehicle_id: str) -> PipelineState | None:
@@ -75,7 +75,8 @@ class FleetStore:
                 yield connection
 
     @contextlib.asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that writes: committed when the block ends, rolled back when it raises."""
         with self._away():
             async with self.engine.connect() as connection:
                 await connection.execution_options(**connect.WRITE)
