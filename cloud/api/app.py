@@ -17,6 +17,7 @@ from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
 from cloud.api.settings import Settings
+from cloud.api.v1 import samples
 from edge_agent.contract.errors import VoltwatchError
 
 DESCRIPTION = """Predictive maintenance for electric vehicles.
@@ -70,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(_PlainStartFault)
     app.include_router(routes.router)
     app.include_router(stream.router)
+    app.include_router(samples.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -16,8 +16,9 @@ import uvicorn
 
 from cloud.api.app import create_app
 from cloud.api.service import usable_bundle
-from cloud.api.settings import Settings
+from cloud.api.settings import DEFAULT_LAKE, Settings
 from cloud.collector.mqtt import parse_broker
+from cloud.lake.lake import Lake
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import UnavailableError
 
@@ -34,6 +35,12 @@ def serve(
     database: Annotated[
         str, typer.Option(envvar="DATABASE_URL", help="sqlite:///PATH or postgresql://…; default var/voltwatch.db")
     ] = "",
+    lake: Annotated[
+        str,
+        typer.Option(
+            envvar="VOLTWATCH_LAKE", help="Where samples for training go: a directory, or any URL fsspec has a driver for."
+        ),
+    ] = DEFAULT_LAKE,
     bundle: Annotated[
         Path | None, typer.Option(envvar="VOLTWATCH_BUNDLE", help="Bundle that scores frames which come over HTTP.")
     ] = None,
@@ -46,7 +53,7 @@ def serve(
     A broker that is away is waited for (/health says so); a port in use, a wrong bundle, a wrong
     database URL or a file that is no database is an error at once; a database server that is away is waited for.
     """
-    settings = dataclasses.replace(Settings.from_environment(), bundle=bundle, schema=schema, broker=broker)
+    settings = dataclasses.replace(Settings.from_environment(), bundle=bundle, schema=schema, broker=broker, lake=lake)
     if database:
         settings = dataclasses.replace(settings, database_url=database)
     with _listen(host, port) as listener:
@@ -159,6 +166,7 @@ def _check(settings: Settings) -> None:
         usable_bundle(settings.bundle, catalogue)
     if settings.broker is not None:
         parse_broker(settings.broker)
+    Lake(settings.lake)
 
     async def prepare() -> None:
         store = FleetStore.over(settings.database_url)

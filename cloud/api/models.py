@@ -180,6 +180,16 @@ class BundleHealth(Answer):
     detail: str = Field(default="", examples=["no bundle: guards only"])
 
 
+class LakeHealth(Answer):
+    """The lake that samples for training are moved into. While it cannot be used they wait in the store."""
+
+    ok: bool
+    name: str = Field(examples=["var/lake", "s3://fleet/lake"])
+    detail: str = ""
+    files: int | None = Field(default=None, description="null until it was looked at.")
+    bytes: int | None = None
+
+
 class RefusedCount(Answer):
     """Messages refused for one reason, with the newest example."""
 
@@ -201,6 +211,7 @@ class Health(Answer):
     store: StoreHealth
     broker: BrokerHealth
     bundle: BundleHealth
+    lake: LakeHealth
     collector: dict[str, int] = Field(description="Counters of the collector since the process started.")
     telemetry: dict[str, int] = Field(description="Counters of frames over HTTP and WebSocket since the start.")
     refused: list[RefusedCount] = Field(description="MQTT messages refused, ever.")

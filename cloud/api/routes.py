@@ -59,13 +59,14 @@ async def health(running: Running, response: Response) -> models.Health:
         store.detail = f"store {running.store.name}: no answer within {HEALTH_TIMEOUT_S:g} s"
     broker = _broker(running)
     bundle = _bundle(running)
-    problems = [text for text in (store.detail, broker.detail, bundle.detail) if text]
+    lake = _lake(running)
+    problems = [text for text in (store.detail, broker.detail, bundle.detail, lake.detail) if text]
     status: Literal["ok", "degraded", "down"] = "down" if not store.ok else "degraded" if problems else "ok"
     response.status_code = 503 if status == "down" else 200
     return models.Health(
         status=status, problems=problems, version=version("voltwatch"), time=iso(running.wall()),
         uptime_s=round(time.monotonic() - running.started_s, 3),
-        store=store, broker=broker, bundle=bundle,
+        store=store, broker=broker, bundle=bundle, lake=lake,
         collector=dict(running.collector.counters) if running.collector else {},
         telemetry={**running.telemetry.counters, "sockets": running.sockets},
         refused=[
@@ -91,6 +92,15 @@ def _broker(running: Service) -> models.BrokerHealth:
         connected_since=None if link.since_s is None else iso(link.since_s),
         detail=link.detail or running.collector.store_detail,
     )
+
+
+def _lake(running: Service) -> models.LakeHealth:
+    mover = running.mover
+    usage = mover.usage
+    return models.LakeHealth(
+        ok=not mover.detail, name=mover.lake.name, detail=mover.detail, files=usage.files if usage else None,
+        bytes=usage.bytes if usage else None,
+    )  # fmt: skip
 
 
 def _bundle(running: Service) -> models.BundleHealth:

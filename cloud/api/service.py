@@ -17,6 +17,8 @@ from pathlib import Path
 from cloud.api.settings import Settings
 from cloud.api.telemetry import TelemetryService
 from cloud.collector.mqtt import Collector, CollectorConfig, parse_broker
+from cloud.lake.lake import Lake
+from cloud.lake.mover import Mover
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import BundleError
 from edge_agent.contract.signals import Catalogue
@@ -24,6 +26,7 @@ from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.inference import Scorer
 
 log = logging.getLogger(__name__)
+LAKE_STEP_S = 2.0  # how often samples that are due for the lake are looked for: two small queries
 
 
 def usable_bundle(path: Path, catalogue: Catalogue) -> LoadedBundle:
@@ -58,6 +61,7 @@ class Service:
             wall=self.wall,
             max_vehicles_in_memory=settings.max_vehicles_in_memory,
         )
+        self.mover = Mover(self.store, Lake(settings.lake), wall=self.wall)
         self.collector: Collector | None = None
         if settings.broker is not None:
             host, port = parse_broker(settings.broker)
@@ -72,6 +76,7 @@ class Service:
         self.counters: Counter[str] = Counter()
         self._steps: list[tuple[str, float, Callable[[], Awaitable[None]]]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self.every("lake", LAKE_STEP_S, self.mover.step)
 
     def every(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work` again and again from the start to the stop, with so many seconds between two runs."""

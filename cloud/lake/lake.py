@@ -12,10 +12,10 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -113,8 +113,8 @@ class Lake:
 
     # --- writing ---
 
-    def write(self, samples: Sequence[LakeSample], path: str) -> None:
-        """Put `samples` into the one file `path` (of `new_path`), whole and for good.
+    def write(self, samples: Sequence[LakeSample], path: str) -> int:
+        """Put `samples` into the one file `path` (of `new_path`), whole and for good; returns its size in bytes.
 
         Raises `LakeAwayError` where the disk or the driver says so; the file is then not there, or there as before.
         """
@@ -129,6 +129,7 @@ class Lake:
                 self._put_local(Path(self._root, path), buffer.getvalue())
             else:
                 self._put(f"{self._root}/{path}", buffer.getvalue())
+        return buffer.getbuffer().nbytes
 
     def _put(self, path: str, data: bytes) -> None:
         folder, _, name = path.rpartition("/")
@@ -162,16 +163,6 @@ class Lake:
         folder.mkdir(parents=True, exist_ok=True)
         return missing[::-1]
 
-    def remove(self, paths: Iterable[str]) -> None:
-        """Remove files whose samples lie in another one; one that is gone already is no fault."""
-        with self._away():
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.rm_file(f"{self._root}/{path}")
-            if self._local and paths:
-                for folder in {Path(self._root, path).parent for path in paths}:
-                    _sync(folder)
-
     # --- reading ---
 
     def files(self) -> list[LakeFile]:
@@ -185,12 +176,10 @@ class Lake:
                 return []
         files = []
         for path, about in found.items():
-            below = (
-                PurePosixPath(str(path)[str(path).rindex(f"/{FOLDER}/{_PREFIX}") + 1 :]) if _PREFIX in path else None
-            )
-            if below is None or below.name.startswith(".") or below.suffix != _SUFFIX:
-                continue
-            files.append(LakeFile(str(below), below.parts[1].removeprefix(_PREFIX), int(about["size"])))
+            _, ours, below = str(path).rpartition(f"/{FOLDER}/{_PREFIX}")
+            day, _, name = below.partition("/")
+            if ours and name.endswith(_SUFFIX) and not name.startswith("."):
+                files.append(LakeFile(f"{FOLDER}/{_PREFIX}{below}", day, int(about["size"])))
         return sorted(files, key=lambda file: (file.day, file.path))
 
     def read(self, since_s: float | None = None) -> Iterator[LakeSample]:
