@@ -38,7 +38,8 @@ def serve(
     lake: Annotated[
         str,
         typer.Option(
-            envvar="VOLTWATCH_LAKE", help="Where samples for training go: a directory, or any URL fsspec has a driver for."
+            envvar="VOLTWATCH_LAKE",
+            help="Where samples for training go: a directory, or any URL fsspec has a driver for.",
         ),
     ] = DEFAULT_LAKE,
     bundle: Annotated[

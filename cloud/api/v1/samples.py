@@ -87,9 +87,7 @@ async def samples(
     The totals are over all samples, whatever is filtered; the list is in the order of arrival, the newest first.
     """
     states: dict[str, tuple[str, ...] | None] = {"unfinished": ("waiting", "broken"), "any": None}
-    wanted = SampleFilter(
-        states=states[state] if state in states else (state,), vehicle_id=vehicle_id, reason=reason, alert_id=alert_id
-    )
+    wanted = SampleFilter(states=states.get(state, (state,)), vehicle_id=vehicle_id, reason=reason, alert_id=alert_id)
     async with running.store.reading() as connection:
         totals = await sample_reading.totals(connection)
         rows = await sample_reading.page(connection, wanted, before=cursor, limit=limit + 1)
