@@ -17,7 +17,7 @@ from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
 from cloud.api.settings import Settings
-from cloud.api.v1 import samples
+from cloud.api.v1 import alerts, labels, samples, vehicles
 from edge_agent.contract.errors import VoltwatchError
 
 DESCRIPTION = """Predictive maintenance for electric vehicles.
@@ -71,7 +71,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(_PlainStartFault)
     app.include_router(routes.router)
     app.include_router(stream.router)
-    app.include_router(samples.router)
+    for area in (alerts, labels, samples, vehicles):
+        app.include_router(area.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -85,7 +86,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )  # fmt: skip
         _, more = models_json_schema(
             [(Telemetry, "validation"), (TelemetryReply, "serialization"), (SocketError, "serialization"),
-             (Problem, "serialization")],
+             (Problem, "serialization"),
+             *((body, "validation") for body in alerts.BODIES)],
             ref_template="#/components/schemas/{model}",
         )  # fmt: skip
         known = schema.setdefault("components", {}).setdefault("schemas", {})

@@ -348,6 +348,21 @@ class VehiclePage(Answer):
     next: str | None = None
 
 
+class Work(Answer):
+    """Where the work about an alert stands, and the label that people gave it."""
+
+    state: Literal["new", "acknowledged", "confirmed", "false_alarm", "resolved"] = Field(
+        default="new", description="new: nobody has looked at it."
+    )
+    verdict: Literal["confirmed", "false_alarm"] | None = Field(
+        default=None, description="The label; it stays when the work is resolved."
+    )
+    failure_type: str | None = Field(default=None, description="What it really was, where a person corrected the type.")
+    severity: str | None = Field(default=None, description="How severe it really was, where a person corrected it.")
+    updated: str | None = Field(default=None, description="The newest action; server time.")
+    possible: list[str] = Field(default=[], examples=[["acknowledge", "confirm", "false-alarm"]])
+
+
 class Alert(Answer):
     """One alert, folded from its transitions. `received` and `updated` are server time, the rest the vehicle's."""
 
@@ -376,6 +391,7 @@ class Alert(Answer):
     worst_cell: int | None = None
     worst_cell_deviation_v: float | None = None
     evidence: list[Evidence] = []
+    work: Work
 
 
 class AlertPage(Answer):

@@ -3,12 +3,11 @@
 import asyncio
 import time
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from cloud.api import models
+from cloud.api import models, shown
 from cloud.api.body import read_telemetry
 from cloud.api.endpoint import AWAY, WRONG, Limit, Running, Word, only_known_parameters, problem, since
 from cloud.api.service import Service
@@ -19,7 +18,6 @@ from edge_agent.contract.messages import finite
 from edge_agent.pipeline.alerts import iso
 
 HEALTH_TIMEOUT_S = 3.0  # a store that needs longer to say 1 is not well
-HTTP_SILENCE_S = 120.0  # a vehicle over HTTP has no last will: silent for longer it counts as offline
 
 router = APIRouter(dependencies=[Depends(only_known_parameters)], responses=WRONG)
 
@@ -153,32 +151,12 @@ async def vehicles(
         alerts = await reading.open_alerts(connection, [row["vehicle_id"] for row in page])
     by_vehicle: dict[str, list[models.OpenAlert]] = {}
     for alert in alerts:
-        by_vehicle.setdefault(alert["vehicle_id"], []).append(
-            models.OpenAlert(**{name: alert[name] for name in models.OpenAlert.model_fields})
-        )
+        by_vehicle.setdefault(alert["vehicle_id"], []).append(shown.open_alert(alert))
     now = running.wall()
     return models.VehiclePage(
-        vehicles=[_vehicle(row, by_vehicle.get(row["vehicle_id"], []), now) for row in page],
+        vehicles=[shown.vehicle(row, by_vehicle.get(row["vehicle_id"], []), now) for row in page],
         next=page[-1]["vehicle_id"] if len(rows) > limit else None,
     )
-
-
-def _vehicle(row: Row, open_alerts: list[models.OpenAlert], now: float) -> models.Vehicle:
-    status: dict[str, Any] = msgspec.json.decode(row["status"])
-    scores: dict[str, Any] = msgspec.json.decode(row["scores"])
-    state = row["state"]
-    if row["channel"] == "http":
-        state = "online" if now - row["last_seen_at_s"] <= HTTP_SILENCE_S else "offline"
-    return models.Vehicle(
-        vehicle_id=row["vehicle_id"], state=state, channel=row["channel"], make=row["make"], source=row["source"],
-        first_seen=iso(row["first_seen_at_s"]), last_seen=iso(row["last_seen_at_s"]), last_arrival=row["last_arrival"],
-        clock_trusted=row["clock_trusted"],
-        model=models.Model(release=row["model_release"], name=row["model_name"], sha256=row["model_sha256"]),
-        scores={name: finite(value) for name, value in scores.items()},
-        state_of_charge_percent=finite(status.get("state_of_charge_percent")),
-        problems=status.get("problems", []), counters=status.get("counters", {}), outbox=status.get("outbox", {}),
-        open_alerts=open_alerts,
-    )  # fmt: skip
 
 
 @router.get("/alerts", summary="View recent alerts", tags=["fleet"], responses={**AWAY})
@@ -204,26 +182,8 @@ async def alerts(
         rows = await reading.alerts(connection, wanted, before=cursor, limit=limit + 1)
     page = rows[:limit]
     return models.AlertPage(
-        alerts=[_alert(row) for row in page], next=str(page[-1]["ingest_id"]) if len(rows) > limit else None
+        alerts=[shown.alert(row) for row in page], next=str(page[-1]["ingest_id"]) if len(rows) > limit else None
     )
-
-
-def _alert(row: Row) -> models.Alert:
-    body: dict[str, Any] = msgspec.json.decode(row["body"])
-    columns = (
-        "alert_id", "vehicle_id", "failure_type", "severity", "state", "origin", "rule", "since", "time", "ingest_id",
-        "transitions", "clock_trusted", "replayed", "model_release", "model_name",
-    )  # fmt: skip
-    shown = ("failure_probability", "type_probability", "anomaly_score", "worst_cell", "worst_cell_deviation_v")
-    fields: dict[str, Any] = {name: row[name] for name in columns} | {name: body.get(name) for name in shown}
-    evidence = [
-        models.Evidence(**{name: reason[name] for name in models.Evidence.model_fields if name in reason})
-        for reason in body.get("evidence", [])
-    ]
-    return models.Alert(
-        **fields, cleared=row["cleared_time"], received=iso(row["received_at_s"]), updated=iso(row["updated_at_s"]),
-        severity_probability=body.get("severity_probability", {}), evidence=evidence,
-    )  # fmt: skip
 
 
 @router.get("/thresholds", summary="Current thresholds", tags=["models"])

@@ -22,6 +22,8 @@ class AlertFilter:
     state: str | None = None  # raised, escalated, cleared; or open, which is the first two
     origin: str | None = None
     since_s: float | None = None
+    work: str | None = None  # a state of cloud.work.life_cycle; new: nobody has looked at it
+    verdict: str | None = None  # confirmed, false_alarm; or none
 
 
 async def vehicles(connection: AsyncConnection, *, after: str | None, limit: int) -> list[Row]:
@@ -47,22 +49,89 @@ async def open_alerts(connection: AsyncConnection, vehicle_ids: list[str], *, pe
 
 
 async def alerts(connection: AsyncConnection, wanted: AlertFilter, *, before: int | None, limit: int) -> list[Row]:
-    """Return up to `limit` alerts, newest arrival first, beginning behind ingest id `before`."""
+    """Return up to `limit` alerts, newest arrival first, beginning behind ingest id `before`.
+
+    Beside the alert's own columns: `work_state` and `verdict` (both None while nobody has looked at it), the label's
+    `work_failure_type` and `work_severity` where a person corrected them, `work_updated_at_s`.
+    """
     alert = tables.alert.c
-    query = sa.select(tables.alert).order_by(alert.ingest_id.desc()).limit(limit)
+    query = _alerts_with_work().order_by(alert.ingest_id.desc()).limit(limit)
     if before is not None:
         query = query.where(alert.ingest_id < before)
-    for name in ("vehicle_id", "failure_type", "severity", "origin"):
-        value = getattr(wanted, name)
-        if value is not None:
-            query = query.where(alert[name] == value)
-    if wanted.state == "open":
-        query = query.where(alert.state != "cleared")
-    elif wanted.state is not None:
-        query = query.where(alert.state == wanted.state)
-    if wanted.since_s is not None:
-        query = query.where(alert.received_at_s >= wanted.since_s)
+    for condition in _conditions(wanted):
+        query = query.where(condition)
     return [dict(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def alert(connection: AsyncConnection, vehicle_id: str, alert_id: str) -> Row | None:
+    """Return one alert with the columns that `alerts` has."""
+    column = tables.alert.c
+    query = _alerts_with_work().where(column.vehicle_id == vehicle_id, column.alert_id == alert_id)
+    row = (await connection.execute(query)).mappings().first()
+    return None if row is None else dict(row)
+
+
+def _alerts_with_work() -> sa.Select[Any]:
+    alert, work = tables.alert.c, tables.alert_work.c
+    return sa.select(
+        tables.alert, work.state.label("work_state"), work.verdict, work.failure_type.label("work_failure_type"),
+        work.severity.label("work_severity"), work.updated_at_s.label("work_updated_at_s"),
+    ).join_from(
+        tables.alert, tables.alert_work,
+        sa.and_(work.vehicle_id == alert.vehicle_id, work.alert_id == alert.alert_id), isouter=True,
+    )  # fmt: skip
+
+
+def _conditions(wanted: AlertFilter) -> list[sa.ColumnElement[bool]]:
+    alert, work = tables.alert.c, tables.alert_work.c
+    conditions = [
+        alert[name] == getattr(wanted, name)
+        for name in ("vehicle_id", "failure_type", "severity", "origin")
+        if getattr(wanted, name) is not None
+    ]
+    if wanted.state == "open":
+        conditions.append(alert.state != "cleared")
+    elif wanted.state is not None:
+        conditions.append(alert.state == wanted.state)
+    if wanted.since_s is not None:
+        conditions.append(alert.received_at_s >= wanted.since_s)
+    if wanted.work is not None:
+        conditions.append(work.state.is_(None) if wanted.work == "new" else work.state == wanted.work)
+    if wanted.verdict is not None:
+        conditions.append(work.verdict.is_(None) if wanted.verdict == "none" else work.verdict == wanted.verdict)
+    return conditions
+
+
+async def vehicle(connection: AsyncConnection, vehicle_id: str) -> Row | None:
+    """Return one vehicle."""
+    query = sa.select(tables.vehicle).where(tables.vehicle.c.vehicle_id == vehicle_id)
+    row = (await connection.execute(query)).mappings().first()
+    return None if row is None else dict(row)
+
+
+async def transitions(
+    connection: AsyncConnection, vehicle_id: str, alert_id: str, *, limit: int
+) -> list[tuple[int, float, bytes]]:
+    """Return the newest stored events of one alert, first come first: (ingest_id, received_at_s, body)."""
+    event = tables.event.c
+    query = (
+        sa.select(event.ingest_id, event.received_at_s, event.body)
+        .where(event.vehicle_id == vehicle_id, event.alert_id == alert_id)
+        .order_by(event.ingest_id.desc())
+        .limit(limit)
+    )
+    return [(row[0], row[1], bytes(row[2])) for row in reversed((await connection.execute(query)).all())]
+
+
+async def samples_of_alert(connection: AsyncConnection, vehicle_id: str, alert_id: str) -> dict[str, int]:
+    """Return how many samples stand around one alert, by state."""
+    sample = tables.sample.c
+    query = (
+        sa.select(sample.state, sa.func.count())
+        .where(sample.vehicle_id == vehicle_id, sample.alert_id == alert_id)
+        .group_by(sample.state)
+    )
+    return {row[0]: row[1] for row in await connection.execute(query)}
 
 
 async def pipeline_state(connection: AsyncConnection, vehicle_id: str) -> PipelineState | None:
