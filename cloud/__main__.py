@@ -11,9 +11,11 @@ COMMANDS = {
     "prepare": ("cloud.training.commands", "training"),
     "train": ("cloud.training.commands", "training"),
     "evaluate": ("cloud.training.commands", "training"),
+    "retrain": ("cloud.training.retrain_command", "training"),
     "serve": ("cloud.api.commands", "cloud"),
     "broker": ("cloud.api.commands", "cloud"),
     "demo": ("cloud.demo.command", "training"),
+    "advice-model": ("export.sentence_model", "training"),
 }
 
 
@@ -38,7 +40,7 @@ def _app() -> Callable[[], None]:
     for name in [wanted] if wanted else COMMANDS:
         module, extra = COMMANDS[name]
         try:
-            app.command(name)(getattr(import_module(module), name))
+            app.command(name)(getattr(import_module(module), name.replace("-", "_")))
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in {"cloud", "edge_agent", "export"}:
                 raise
