@@ -43,7 +43,7 @@ def prepare(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cloud.training.vehicle"])
     pool = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=context, initializer=_end_with_parent)
-    with _progress() as progress, pool as executor:
+    with progress_bar() as progress, pool as executor:
         executor.submit(int)  # starts the server, which imports while this process does the same
         from cloud.training.prepare import prepare_dataset
 
@@ -81,7 +81,7 @@ def train(
     catalogue = load_catalogue(settings, config, schema)
     from cloud.training.train import train_models
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("training", total=100)
         thresholds = train_models(
             data,
@@ -108,7 +108,7 @@ def evaluate(
     from cloud.training.evaluate import evaluate_models
     from cloud.training.report import summary, write_report
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("evaluating", total=100)
         report = evaluate_models(
             data,
@@ -124,7 +124,8 @@ def evaluate(
     _say(f"report     {page}")
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return the bar of every command here, on stderr."""
     return Progress(
         TextColumn("{task.description:<44}"),
         BarColumn(),

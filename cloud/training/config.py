@@ -13,21 +13,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cloud.drift.limits import DEFAULT_CONFIG, Count, Drift, Positive, Retraining, Section, Share
 from edge_agent.contract.bundle import Decision, WindowSpec
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.mapping import Mapping, parse_mapping
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.json"
 DEFAULT_MAPPING = "ev_catalogue.toml"  # columns named as the catalogue's signals
-
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0.0)]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the file's sections."""
 
 
 class Split(Section, frozen=True, kw_only=True):
@@ -115,21 +107,17 @@ class Evaluation(Section, frozen=True, kw_only=True):
     inspection_budget: Count = 100  # windows a workshop would look at: precision@this
 
 
-class Retraining(Section, frozen=True, kw_only=True):
-    """Any one of these starts a training run."""
+class Challenger(Section, frozen=True, kw_only=True):
+    """How `retrain` holds a challenger against the champion; the rule itself is `cloud.training.verdict`."""
 
-    drift_alerts: Count = 3
-    max_age_days: Positive = 30.0
-    new_samples: Count = 10_000
-    performance_drop: Share = 0.1
-
-
-class Drift(Section, frozen=True, kw_only=True):
-    """Limits of the fleet's drift decision."""
-
-    min_windows: Count = 500
-    false_alarm_rate: Share = 0.01
-    max_vehicle_share: Share = 0.05
+    held_out_share: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.3  # of the lake's vehicles, by a hash of their id
+    bootstrap_samples: Annotated[int, Meta(ge=200)] = 1000  # `doubt` is read at its hundredths
+    least_vehicles: Annotated[int, Meta(ge=2)] = 5  # all five better by chance alone: one in 32
+    doubt: Annotated[float, Meta(gt=0.0, lt=0.5)] = 0.05  # of taking a challenger that is no better, over all gains
+    pr_auc_margin: Share = 0.03
+    type_margin: Share = 0.1
+    recall_margin: Share = 0.05
+    severity_margin: Annotated[float, Meta(ge=0.0)] = 0.15  # levels
 
 
 class TrainingConfig(Section, frozen=True, kw_only=True):
@@ -147,6 +135,7 @@ class TrainingConfig(Section, frozen=True, kw_only=True):
     autoencoder: Autoencoder = Autoencoder()
     thresholds: ThresholdPolicies = ThresholdPolicies()
     evaluation: Evaluation = Evaluation()
+    challenger: Challenger = Challenger()
     retraining: Retraining = Retraining()
     drift: Drift = Drift()
 

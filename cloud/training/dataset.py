@@ -6,6 +6,7 @@ was not sampled for the autoencoder), and `dataset.json`, which says what they a
 here knows a model.
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -100,6 +101,11 @@ class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True):
     counts: dict[str, dict[str, int]]
     counters: dict[str, int]
     data_sha256: str
+
+    @property
+    def features_sha256(self) -> str:
+        """Name of the feature set: names and order of the features, and the window they are computed over."""
+        return hashlib.sha256(msgspec.json.encode([self.features, self.window])).hexdigest()
 
 
 def read_info(folder: Path) -> DatasetInfo:

@@ -253,9 +253,14 @@ def _write_normalisation(
         [r.rows.features[r.rows.labels.healthy] if any_healthy else r.rows.features for r in training]
     )
     signals = {name: _mean_std(_finite(frames[:, i])) for i, name in enumerate(catalogue.scalar_names)}
-    features = {name: _median_mad(_finite(rows[:, i])) for i, name in enumerate(feature_names)}
+    features = feature_statistics(rows, feature_names)
     document = {"signals": signals, "features": features}
     (output / NORMALISATION).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def feature_statistics(rows: Float32Array, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Return median and robust sigma of each of the features [W, F], by name."""
+    return {name: _median_mad(_finite(rows[:, i])) for i, name in enumerate(names)}
 
 
 def _finite(x: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -155,6 +155,7 @@ def _write_record(
         "seed": config.seed,
         "data_sha256": info.data_sha256,
         "state_id": info.state_id,
+        "features_sha256": info.features_sha256,
         "schema_name": info.schema_name,
         "commit": _commit(),
         "python": platform.python_version(),
