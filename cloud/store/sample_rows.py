@@ -26,6 +26,7 @@ from edge_agent.contract.messages import Sample
 
 Key = tuple[str, str]  # vehicle_id, sample_id
 KEYS = 200  # in one statement: SQLite takes 32,766 values, an older one 999
+_KEPT = "kept with its event"
 _SHOWN = 10  # numbers of missing parts in a detail
 _HEADER = (
     "reason", "alert_id", "failure_type", "stratum", "end_time", "elapsed_s", "coverage", "state_id", "model_release",
@@ -84,7 +85,7 @@ async def _take(
                 continue  # sent again under another number of its stream
             note = "came again with other bytes"
         if note:
-            notes.append(f"part {data.part} {note}: kept with its event {ingest_id}")
+            notes.append(f"part {data.part} {note}: {_KEPT} {ingest_id}")
             event = tables.event
             await connection.execute(sa.update(event).where(event.c.ingest_id == ingest_id).values(body=item.body))
             continue
@@ -93,15 +94,15 @@ async def _take(
         await connection.execute(
             sa.insert(tables.sample_part).values(vehicle_id=row["vehicle_id"], sample_id=row["sample_id"], **place)
         )
-    detail = ""
+    detail = row["detail"]
     if state == "waiting":
         missing = [n for n in range(1, row["parts"] + 1) if n not in have]
+        earlier = [note for note in detail.split("; ") if _KEPT in note]
         detail = _missing(missing, row["parts"]) or mismatch(row, await joined(connection, row))
         state = "waiting" if missing else "broken" if detail else "whole"
+        notes = earlier + notes
     elif not notes:
         return
-    elif state == "broken":
-        detail = row["detail"]
     sample = tables.sample.c
     await connection.execute(
         sa.update(tables.sample)
@@ -134,9 +135,9 @@ def conflict(row: dict[str, Any], data: Sample) -> str:
 def mismatch(row: dict[str, Any], data: bytes) -> str:
     """Say why the joined parts are not the sample that was announced; empty when they are."""
     if len(data) != row["length"]:
-        return f"its parts are {len(data)} bytes together; {row['length']} were announced"
+        return f"its parts are {len(data)} bytes together, but {row['length']} were announced"
     found = hashlib.sha256(data).hexdigest()
-    return "" if found == row["sha256"] else f"its bytes have the sum {found}; {row['sha256']} was announced"
+    return "" if found == row["sha256"] else f"its bytes have the sum {found}, but {row['sha256']} was announced"
 
 
 def _missing(numbers: list[int], parts: int) -> str:
