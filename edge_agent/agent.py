@@ -6,11 +6,12 @@ with its state saved. Decides nothing itself.
 """
 
 import logging
+import math
 import random
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -26,17 +27,19 @@ from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.errors import BundleError, ConfigError, VoltwatchError
 from edge_agent.contract.mapping import BoundMapping
-from edge_agent.contract.messages import Current, Event
-from edge_agent.contract.signals import SEVERITIES, Catalogue, default_catalogue, parse_schema
+from edge_agent.contract.messages import Event
+from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
 from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox, OutboxError
 from edge_agent.delivery.uplink import Uplink
 from edge_agent.logs import event
 from edge_agent.mappings import read_mapping
-from edge_agent.pipeline.alerts import alert_message, iso
+from edge_agent.pipeline.alerts import iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
-from edge_agent.pipeline.outcomes import AlertChange, NoScore, Outcome, Scored
+from edge_agent.pipeline.outcomes import NoScore, Outcome, Scored
+from edge_agent.pipeline.reports import Report, drift_event_id
+from edge_agent.reporting import Reporter, retained_current
 
 if TYPE_CHECKING:
     from edge_agent.sources.can import CanSource
@@ -45,7 +48,6 @@ GATHER_S = 0.05  # arrivals of so long are one block: a guard's alert leaves wit
 SNAPSHOT_S = 600.0  # of the source's time: what a crash may cost of the trend state
 STATUS_S = 30.0  # of real time, when nothing changes
 STATUS_SOONEST_S = 1.0
-RETRY_S = 5.0  # an alert that the disk refused is tried again
 
 log = logging.getLogger("voltwatch.agent")
 
@@ -73,10 +75,6 @@ class Agent:
         self._soc_column = catalogue.column("state_of_charge")
         self._soc: float | None = None
         self._floor = TimeFloor()
-        self._active: dict[str, Current] = {}
-        self._unstored: deque[AlertChange] = deque(maxlen=1000)
-        self._disk_problem = ""
-        self._retry_at_s = 0.0
         self._snapshot_at_s = clock.monotonic() + SNAPSHOT_S
         self._status_at_s = 0.0
         self._status_problems: tuple[str, ...] = ()
@@ -93,6 +91,9 @@ class Agent:
             will=health.offline(clock.boot_id),
             on_ack=self._heard_ack,
         )
+        self.reporter = Reporter(
+            self.outbox, self.link, self._envelope, vehicle_id=config.vehicle_id, bundle=self._bundle
+        )
         self._restore()
 
     def _build_pipeline(self, catalogue: Catalogue, mapping: BoundMapping) -> Pipeline:
@@ -107,6 +108,8 @@ class Agent:
                 horizon_s=0.0,  # rows are stamped at receipt
                 timeline=self._timeline,
                 expected=tuple(mapping.mapping.signals),
+                publish_s=self.config.drift.publish_s,
+                sampling=self.config.samples.limits,
             )
 
         try:
@@ -145,8 +148,9 @@ class Agent:
         if block is not None:
             for outcome in self.take(block):
                 self._say(outcome)
-        self._retry_unstored()
         now_s = self.clock.monotonic()
+        self._store(self.pipeline.idle(now_s))
+        self.reporter.retry(self._wall_offset_s())
         if now_s >= self._snapshot_at_s:
             self._save()
         self._warm(now_s)
@@ -160,80 +164,24 @@ class Agent:
             if known.size:
                 self._soc = float(known[-1])
         outcomes = self.pipeline.push(block)
-        changes = [outcome for outcome in outcomes if isinstance(outcome, AlertChange)]
-        for change in changes:
-            self._store(change)
-        if changes:
-            self._save()  # else a crash would forget that they were raised, and raise them again
+        self._store(outcomes)
         self._status_wanted |= bool(outcomes)
         return outcomes
 
-    # Alerts -----------------------------------------------------------------------------------------------------
+    def _store(self, outcomes: list[Outcome]) -> None:
+        if self.reporter.store(outcomes, self._wall_offset_s()):
+            self._save()
 
-    def _store(self, change: AlertChange) -> None:
-        """Put a change on the disk, or keep it in memory and say so where the disk refuses."""
-        try:
-            self._append(change)
-        except OutboxError as error:
-            self._unstored.append(change)
-            self.counters["alerts_not_stored"] += 1
-            self._disk_problem = f"alerts cannot be stored: {error}"
-            self._retry_at_s = time.monotonic() + RETRY_S
-            event(log, "problem", level=logging.ERROR, what=self._disk_problem)
-
-    def _append(self, change: AlertChange) -> None:
-        vehicle = self.config.vehicle_id
-        offset_s = self._wall_offset_s()
-        manifest = None if self._bundle is None else self._bundle.manifest
-        alert_id, event_id, alert = alert_message(change, vehicle_id=vehicle, manifest=manifest, offset_s=offset_s)
-        when = iso(change.time_s + offset_s)
-
-        def build(stream_id: str, seq: int) -> bytes:
-            return messages.encode(self._event(alert, event_id, when, stream_id, seq, subject=change.failure_type))
-
-        active = dict(self._active)
-        key = f"{change.failure_type}|{change.origin}"
-        if change.transition == "cleared":
-            active.pop(key, None)
-        else:
-            active[key] = Current(
-                alert_id=alert_id, failure_type=change.failure_type, severity=change.severity, since=alert.since,
-                time=when,
-            )  # fmt: skip
-        current = retained_current(active, change.failure_type)
-        topic = topics.current(vehicle, change.failure_type)
-        seq = self.outbox.append(
-            "alert", event_id, build, topics.alert(vehicle, change.failure_type), retained={topic: current}
-        )
-        self._active = active
-        self.link.appended("alert", seq)
-        self.link.publish_retained(topic, current)
-        event(
-            log, "alert", level=logging.WARNING, vehicle=vehicle, transition=change.transition,
-            type=change.failure_type, severity=change.severity, origin=change.origin, rule=change.rule or None,
-            probability=alert.type_probability, since=alert.since, release=alert.model_release, seq=seq, id=alert_id,
-            evidence="; ".join(_evidence(e) for e in alert.evidence) or None,
-        )  # fmt: skip
-
-    def _event(
-        self, data: messages.EventData, event_id: str, when: str, stream_id: str, seq: int, *, subject: str = ""
-    ) -> Event:
+    def _envelope(self, report: Report, stream_id: str, seq: int) -> Event:
         return messages.event(
-            data, event_id=event_id, vehicle_id=self.config.vehicle_id, time=when, stream_id=stream_id, seq=seq,
-            boot_id=self.clock.boot_id, clock_trusted=self._clock_trusted(), subject=subject,
+            report.data, event_id=report.event_id, vehicle_id=self.config.vehicle_id, time=report.time,
+            stream_id=stream_id, seq=seq, boot_id=self.clock.boot_id, clock_trusted=self._clock_trusted(),
+            subject=report.subject,
         )  # fmt: skip
 
     def _loss_event(self, loss: messages.Loss, stream_id: str, seq: int) -> bytes:
-        when = iso(self.clock.wall())
-        return messages.encode(self._event(loss, f"{stream_id}/{seq}", when, stream_id, seq, subject=loss.stream))
-
-    def _retry_unstored(self) -> None:
-        if not self._unstored or time.monotonic() < self._retry_at_s:
-            return
-        waiting, self._unstored = self._unstored, deque(maxlen=1000)
-        self._disk_problem = ""
-        for change in waiting:
-            self._store(change)
+        report = Report("alert", f"{stream_id}/{seq}", "", iso(self.clock.wall()), loss.stream, loss)
+        return messages.encode(self._envelope(report, stream_id, seq))
 
     # Time -------------------------------------------------------------------------------------------------------
 
@@ -261,17 +209,34 @@ class Agent:
                 saved, timeline=self._timeline, now_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s()
             )
             if self.pipeline.restore(saved.pipeline, shift_s=shift):
-                self._active = saved.active
+                self.reporter.active = saved.active
                 event(log, "restored", vehicle=vehicle, saved=iso(saved.saved_s + saved.wall_offset_s))
+                self._settle_counts(saved, shift)
+            self.reporter.restore_counts(saved.counted, shift)
         for topic in self.outbox.retained():  # what no state stands behind any more is over
             failure_type = topic.rsplit("/", 1)[-1]
-            self.outbox.set_retained(topic, retained_current(self._active, failure_type))
+            self.outbox.set_retained(topic, retained_current(self.reporter.active, failure_type))
 
-    def _save(self) -> None:
+    def _settle_counts(self, saved: health.SavedState, shift_s: float) -> None:
+        """After a kill: end a span that the outbox has already, so that none of its windows is counted twice.
+
+        What came after the saved state is lost, at most `SNAPSHOT_S` of it; how much is not known, the most is counted.
+        """
+        bundle = self._bundle
+        if saved.stopped or bundle is None:
+            return
+        age_s = min(SNAPSHOT_S, max(0.0, self.clock.monotonic() - saved.saved_s - shift_s))
+        self.counters["drift_windows_lost_at_most"] += math.ceil(age_s / bundle.manifest.window.stride_s)
+        ids = [drift_event_id(c, self.config.vehicle_id, bundle) for c in self.pipeline.open_counts]
+        if any(self.outbox.knows("drift", event_id) for event_id in ids):
+            self._store(self.pipeline.take_counts())  # an append of what it knows adds nothing
+
+    def _save(self, *, stopped: bool = False) -> None:
         self._snapshot_at_s = self.clock.monotonic() + SNAPSHOT_S
         state = health.SavedState(
             timeline=self._timeline, saved_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s(),
-            floor_s=self._floor.floor_s, active=self._active, pipeline=self.pipeline.snapshot(),
+            floor_s=self._floor.floor_s, active=self.reporter.active, pipeline=self.pipeline.snapshot(),
+            counted=self.reporter.unstored_counts, stopped=stopped,
         )  # fmt: skip
         try:
             health.save_state(self._folder, state)
@@ -281,7 +246,7 @@ class Agent:
 
     def problems(self) -> tuple[str, ...]:
         """Everything that is wrong, in plain words."""
-        found = [self._bundle_problem, self._source.problem, self._disk_problem, self.link.problem]
+        found = [self._bundle_problem, self._source.problem, self.reporter.problem, self.link.problem]
         if not self._clock_trusted():
             found.append("clock not trusted: " + ("scaled" if not self.clock.trusted_rate else "before the known time"))
         stale = self.pipeline.stale
@@ -293,7 +258,7 @@ class Agent:
     def status(self, *, state: str = "online") -> bytes:
         """Return the status as it stands."""
         last = self.pipeline.last_arrival_s
-        counters = {**self.pipeline.counters, **self._source.counters, **self.counters}
+        counters = {**self.pipeline.counters, **self._source.counters, **self.reporter.counters, **self.counters}
         counters |= {f"link_{name}": n for name, n in self.link.all_counters().items()}
         counters |= {f"outbox_{name}": n for name, n in self.outbox.counters.items()}
         counters["values_masked"] = self._source.masked.total()
@@ -352,9 +317,10 @@ class Agent:
     def _shut_down(self) -> None:
         event(log, "stopping", vehicle=self.config.vehicle_id)
         self._source.stop()
-        self._retry_at_s = 0.0
-        self._retry_unstored()
-        self._save()
+        offset_s = self._wall_offset_s()
+        self.reporter.store(self.pipeline.take_counts(), offset_s)
+        self.reporter.retry(offset_s, now=True)
+        self._save(stopped=True)
         ended = self.link.stop(self.status(state="offline"))
         try:
             waiting: int | str = sum(self.outbox.rows_waiting().values())
@@ -399,14 +365,6 @@ def open_can(config: Config, catalogue: Catalogue, now: Callable[[], float]) -> 
     return can_source.CanSource(open_bus, can_source.Decoder(database, bound.columns), bound, now), bound
 
 
-def retained_current(active: dict[str, Current], failure_type: str) -> bytes:
-    """Return what `current/{failure_type}` should say: the most severe of what is active, or nothing."""
-    of_type = [current for key, current in active.items() if key.partition("|")[0] == failure_type]
-    if not of_type:
-        return b""
-    return messages.encode(max(of_type, key=lambda current: SEVERITIES.index(current.severity)))
-
-
 def _try_bundle(config: Config, catalogue: Catalogue) -> tuple[LoadedBundle | None, str]:
     """Load the bundle; without one the guards run alone, and the reason is said."""
     if not config.bundle:
@@ -419,8 +377,3 @@ def _try_bundle(config: Config, catalogue: Catalogue) -> tuple[LoadedBundle | No
 
 def _rounded(table: dict[str, float | None]) -> dict[str, Any]:
     return {name: round(value, 4) for name, value in table.items() if value is not None}
-
-
-def _evidence(evidence: messages.Evidence) -> str:
-    value = "?" if evidence.value is None else f"{evidence.value:.4g}{evidence.unit}"
-    return f"{evidence.name}={value}" + (f" (z {evidence.deviation:+.1f})" if evidence.deviation is not None else "")

@@ -11,6 +11,13 @@
     channel = "can0"
     [mqtt]
     host = "broker.example"
+    [drift]
+    publish_s = 3600                     # how often drift counts leave
+    [samples]
+    bytes_a_day = 131072                 # raw windows for training; 0 = none
+    [update]                             # absent: the bundle is what it is
+    repository = "https://cloud.example/v1/models/repository/"
+    root = "root.json"                   # the signed root that this vehicle was built with
 
 Relative paths are relative to the file. An unknown key is an error that names the nearest known one.
 """
@@ -25,8 +32,11 @@ from msgspec import Meta
 
 from edge_agent.contract import topics
 from edge_agent.contract.errors import ConfigError, MessageError
+from edge_agent.pipeline.drift import PUBLISH_S
+from edge_agent.pipeline.sampling import SamplingLimits
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
+_SAMPLING = SamplingLimits()
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +75,48 @@ class OutboxConfig(Section, frozen=True, kw_only=True):
     max_bytes: Annotated[int, Meta(ge=65_536)] = 64 * 2**20  # weeks of alerts, or some days of samples
 
 
+class DriftConfig(Section, frozen=True, kw_only=True):
+    """Counts against the bundle's bins. A message a stratum is about 9 kB, however much or little it counted."""
+
+    publish_s: Annotated[float, Meta(ge=60, le=86_400)] = PUBLISH_S
+
+
+class SamplesConfig(Section, frozen=True, kw_only=True):
+    """Raw windows for training; what each means stands at `SamplingLimits`."""
+
+    bytes_a_day: Annotated[int, Meta(ge=0, le=100 * 2**20)] = _SAMPLING.bytes_a_day
+    random_share: Annotated[float, Meta(ge=0, le=1)] = _SAMPLING.random_share
+    windows_before: Annotated[int, Meta(ge=0, le=12)] = _SAMPLING.windows_before  # each is 10 kB of the saved state
+    windows_after: Annotated[int, Meta(ge=0, le=12)] = _SAMPLING.windows_after
+
+    @property
+    def limits(self) -> SamplingLimits:
+        """The same, as the pipeline takes it."""
+        return SamplingLimits(self.bytes_a_day, self.random_share, self.windows_before, self.windows_after)
+
+
+class UpdateConfig(Section, frozen=True, kw_only=True):
+    """Releases over the air (`edge_agent.update`); without a `repository` there are none. `ca` checks its TLS."""
+
+    repository: Annotated[str, Meta(pattern=r"^(https?://.+)?$")] = ""
+    root: str = ""
+    desired: Annotated[str, Meta(pattern=r"^(https?://.+)?$")] = ""  # to poll; else known by the repository's address
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    poll_s: Annotated[float, Meta(ge=1)] = 3600.0  # the fallback where MQTT's `model/desired` does not come through
+    max_bytes: Annotated[int, Meta(ge=65_536, le=2**30)] = 32 * 2**20  # ours are below 2 MB; golden windows may grow
+    min_rate_bytes_s: Annotated[int, Meta(ge=1)] = 512  # over half a minute: the slowest cellular link is twice that
+    timeout_s: Annotated[float, Meta(ge=1)] = 1800.0  # one try, all in all; the next resumes the download
+    memory_bytes: Annotated[int, Meta(ge=16 * 2**20)] = 256 * 2**20  # a release's first load, beside the libraries
+    load_s: Annotated[float, Meta(ge=1)] = 60.0  # its first load and golden windows; a Raspberry Pi takes 2
+    window_s: Annotated[float, Meta(gt=0)] = 1.0  # to score one window: more would fall behind at ten times real time
+    probation_windows: Annotated[int, Meta(ge=1)] = 5
+    probation_s: Annotated[float, Meta(ge=1)] = 3600.0  # or so long without a fault where no windows come
+    warm_up_s: Annotated[float, Meta(ge=0)] = 604_800.0  # the longest sums of the trend are over a week
+    min_counter: Annotated[int, Meta(ge=0)] = 0  # the release this vehicle left the factory with: older is a rollback
+
+
 class Config(Section, frozen=True, kw_only=True):
     """A configuration file as written, its paths made absolute."""
 
@@ -77,6 +129,9 @@ class Config(Section, frozen=True, kw_only=True):
     speed: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     mqtt: BrokerConfig = BrokerConfig()
     outbox: OutboxConfig = OutboxConfig()
+    drift: DriftConfig = DriftConfig()
+    samples: SamplesConfig = SamplesConfig()
+    update: UpdateConfig = UpdateConfig()
 
 
 def load_config(path: Path) -> Config:
@@ -85,14 +140,15 @@ def load_config(path: Path) -> Config:
     The files of TLS must be there and readable: without them no broker is ever reached.
     """
     config = parse_config(read_text(path, "config"), str(path), path.resolve().parent)
-    for key in ("ca", "certificate", "key"):
-        file = getattr(config.mqtt, key)
+    files = [(f"mqtt.{key}", getattr(config.mqtt, key)) for key in ("ca", "certificate", "key")]
+    files += [(f"update.{key}", getattr(config.update, key)) for key in ("root", "ca", "certificate", "key")]
+    for key, file in files:
         try:
             if file:
                 Path(file).open("rb").close()
         except OSError as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror).lower()
-            raise ConfigError(f"config {path}: mqtt.{key} {file}: {reason}") from error
+            raise ConfigError(f"config {path}: {key} {file}: {reason}") from error
     return config
 
 
@@ -111,6 +167,8 @@ def parse_config(text: str, origin: str, folder: Path) -> Config:
         topics.check_vehicle_id(config.vehicle_id)
     except MessageError as error:
         raise ConfigError(f"config {origin}: {error}") from error
+    if config.update.repository and not config.update.root:
+        raise ConfigError(f"config {origin}: update.repository needs update.root, the signed root it is trusted by")
     return _absolute(config, folder)
 
 
@@ -149,7 +207,7 @@ def _absolute(config: Config, folder: Path) -> Config:
         return str(folder / Path(text).expanduser()) if text else ""
 
     replace = msgspec.structs.replace
-    mqtt, source = config.mqtt, config.source
+    mqtt, source, update = config.mqtt, config.source, config.update
     return replace(
         config,
         data_dir=path(config.data_dir),
@@ -157,4 +215,8 @@ def _absolute(config: Config, folder: Path) -> Config:
         schema=path(config.schema),
         source=replace(source, mapping=path(source.mapping), dbc=path(source.dbc)),
         mqtt=replace(mqtt, ca=path(mqtt.ca), certificate=path(mqtt.certificate), key=path(mqtt.key)),
-    )
+        update=replace(
+            update, root=path(update.root), ca=path(update.ca), certificate=path(update.certificate),
+            key=path(update.key),
+        ),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from edge_agent.contract import messages
 from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.messages import Current, Status, finite
 from edge_agent.pipeline.bundle_dir import LoadedBundle
-from edge_agent.pipeline.outcomes import Scores
+from edge_agent.pipeline.outcomes import Counted, Scores
 
 STATE_FILE = "pipeline.state"
 
@@ -28,6 +28,8 @@ class SavedState(msgspec.Struct, frozen=True, kw_only=True):
     floor_s: float
     active: dict[str, Current]  # "type|origin" → what is retained of it
     pipeline: bytes
+    counted: tuple[Counted, ...] = ()  # drift counts that the outbox's disk refused
+    stopped: bool = False  # saved by an agent that ended in order: nothing came after it
 
 
 def save_state(folder: Path, state: SavedState) -> None:

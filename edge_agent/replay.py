@@ -1,9 +1,10 @@
 """`edge-agent replay`: a recording through the very pipeline that runs live, at full speed, with a summary.
 
-Promises: the same recording, mapping, bundle and vehicle give the same alerts with the same stream id and numbers, so
-that publishing twice stores once; with `--publish` it ends only when the collector has everything, or says that it
-has not. It publishes events only: what is retained on `current/…` and `status` belongs to the vehicle itself, which
-may be on the road meanwhile. A bad bundle is an error here: nobody replays for the guards alone without saying so.
+Promises: the same recording, mapping, bundle and vehicle give the same alerts, drift counts and samples with the same
+stream ids and numbers, so that publishing twice stores once; with `--publish` it ends only when the collector has
+everything, or says that it has not. It publishes events only: what is retained on `current/…` and `status` belongs to
+the vehicle itself, which may be on the road meanwhile. A bad bundle is an error here: nobody replays for the guards
+alone without saying so.
 """
 
 import logging
@@ -15,7 +16,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,16 +32,21 @@ from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox
 from edge_agent.delivery.uplink import Limits, Uplink
 from edge_agent.mappings import read_mapping
-from edge_agent.pipeline.alerts import alert_message, iso
+from edge_agent.pipeline.alerts import iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
-from edge_agent.pipeline.outcomes import AlertChange, Outcome, Scored
+from edge_agent.pipeline.drift import PUBLISH_S
+from edge_agent.pipeline.outcomes import NoScore, Outcome, Scored
+from edge_agent.pipeline.reports import Report, reports
+from edge_agent.pipeline.sampling import SamplingLimits
+from edge_agent.reporting import append
 from edge_agent.sources.replay import Recording, open_recording
 
 NAMESPACE = uuid.UUID("0b9a4f0e-6d83-5a3c-8f1e-2b7c5d9e4a61")  # ours alone; never change it: stream ids would change
 LIMITS = Limits(
     backlog_per_s=500.0, outstanding=256, window=32, ack_timeout_s=5.0
 )  # one person waits for one recording
+MAX_BYTES = 4 * 2**30  # of a recording's messages: some 300 kB a day, so that not even years of it are shed
 
 log = logging.getLogger("voltwatch.replay")
 
@@ -106,15 +113,6 @@ class Summary:
         return msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n"
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """One alert event, numbered when the outbox takes it."""
-
-    event_id: str
-    time: str
-    alert: messages.Alert
-
-
 def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
     """Replay one recording and print its summary to `out` (standard output).
 
@@ -135,17 +133,17 @@ def replay(options: ReplayOptions, out: TextIO | None = None) -> Summary:
                       unmapped=recording.bound.missing(), model=bundle.manifest.name,
                       model_release=bundle.manifest.release)  # fmt: skip
     began_s = time.monotonic()
-    changes = list(_run(recording, pipeline, bundle, summary))
+    said = list(_run(recording, pipeline, bundle, summary))
     summary.elapsed_s = time.monotonic() - began_s
     _finish(summary, recording, pipeline)
     # One id for everything that decides what is said: publishing again says the same under the same numbers.
     identity = f"{recording.content_hash}|{named.text.decode()}|{bundle.sha256}|{vehicle_id}"
     stream_id = str(uuid.uuid5(NAMESPACE, identity))
-    _write_files(options, summary, changes, vehicle_id, stream_id)
+    _write_files(options, summary, [report for report in said if report.stream == "alert"], vehicle_id, stream_id)
     print_summary(summary, out or sys.stdout)
     if options.broker is not None:
         publisher = _Publisher(options, options.broker, vehicle_id=vehicle_id, stream_id=stream_id)
-        delivered = publisher.publish(changes, summary)
+        delivered = publisher.publish(said, summary)
         print(
             f"published    messages: {delivered}, this summary among them, all acknowledged by the collector",
             file=out or sys.stdout,
@@ -161,8 +159,8 @@ def _vehicle_id(options: ReplayOptions, mapped: str) -> str:
         raise ConfigError(f"{error}; give one with --vehicle") from error
 
 
-def _run(recording: Recording, pipeline: Pipeline, bundle: LoadedBundle, summary: Summary) -> Iterator[_Change]:
-    """Push every block, note what came of it; yields alert changes."""
+def _run(recording: Recording, pipeline: Pipeline, bundle: LoadedBundle, summary: Summary) -> Iterator[Report]:
+    """Push every block, note what came of it; yields what is to be said."""
     progress = _Progress(recording.rows)
     for block in recording.blocks():
         if summary.frames == 0 and np.isfinite(block.time_s).any():
@@ -174,24 +172,27 @@ def _run(recording: Recording, pipeline: Pipeline, bundle: LoadedBundle, summary
     progress.clear()
 
 
-def _note(outcomes: list[Outcome], bundle: LoadedBundle, summary: Summary) -> Iterator[_Change]:
+def _note(outcomes: list[Outcome], bundle: LoadedBundle, summary: Summary) -> Iterator[Report]:
     for outcome in outcomes:
+        said = reports(outcome, vehicle_id=summary.vehicle_id, bundle=bundle)
+        yield from said
         if isinstance(outcome, Scored):
             summary.windows_scored += 1
             scores = outcome.scores
             if scores.worst_cell is not None and scores.worst_cell >= 0:
                 summary.worst_cell = scores.worst_cell
                 summary.worst_cell_deviation_v = messages.finite(scores.worst_cell_deviation_v)
-        elif isinstance(outcome, AlertChange):
-            _, event_id, alert = alert_message(outcome, vehicle_id=summary.vehicle_id, manifest=bundle.manifest)
+        elif isinstance(outcome, NoScore):
+            summary.no_score_details[f"{outcome.reason}: {outcome.detail}"] += 1
+        for report in said:
+            alert = report.data
+            if not isinstance(alert, messages.Alert):
+                continue
             summary.alerts.append(
-                {"time": iso(outcome.time_s), "transition": alert.transition, "failure_type": alert.failure_type,
+                {"time": report.time, "transition": alert.transition, "failure_type": alert.failure_type,
                  "severity": alert.severity, "origin": alert.origin, "rule": alert.rule, "since": alert.since,
                  "probability": alert.type_probability}
             )  # fmt: skip
-            yield _Change(event_id, iso(outcome.time_s), alert)
-        else:
-            summary.no_score_details[f"{outcome.reason}: {outcome.detail}"] += 1
 
 
 def _finish(summary: Summary, recording: Recording, pipeline: Pipeline) -> None:
@@ -206,36 +207,38 @@ def _finish(summary: Summary, recording: Recording, pipeline: Pipeline) -> None:
     }
 
 
-def _event(
-    data: messages.EventData, event_id: str, when: str, vehicle_id: str, *, stream_id: str, seq: int, subject: str = ""
-) -> messages.Event:
+def _envelope(vehicle_id: str, report: Report, stream_id: str, seq: int) -> messages.Event:
     return messages.event(
-        data, event_id=event_id, vehicle_id=vehicle_id, time=when, stream_id=stream_id, seq=seq,
+        report.data, event_id=report.event_id, vehicle_id=vehicle_id, time=report.time, stream_id=stream_id, seq=seq,
         boot_id=f"replay-{stream_id}",  # a recording has no boot; its order is its own
-        clock_trusted=False, replayed=True, subject=subject,
+        clock_trusted=False, replayed=True, subject=report.subject,
     )  # fmt: skip
 
 
 def _write_files(
-    options: ReplayOptions, summary: Summary, changes: list[_Change], vehicle_id: str, stream_id: str
+    options: ReplayOptions, summary: Summary, alerts: list[Report], vehicle_id: str, stream_id: str
 ) -> None:
     try:
         if options.alerts is not None:
             with options.alerts.open("wb") as file:
-                for seq, change in enumerate(changes, start=1):
-                    line = _event(
-                        change.alert, change.event_id, change.time, vehicle_id,
-                        stream_id=stream_id, seq=seq, subject=change.alert.failure_type,
-                    )  # fmt: skip
-                    file.write(messages.encode(line) + b"\n")
+                for seq, report in enumerate(alerts, start=1):
+                    file.write(messages.encode(_envelope(vehicle_id, report, stream_id, seq)) + b"\n")
         if options.summary is not None:
             options.summary.write_bytes(summary.as_json())
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
 
+def stream_ids(stream_id: str) -> dict[str, str]:
+    """Return the ids of a replay's streams; counts and samples depend on their limits too, alerts do not."""
+    limits = f"{PUBLISH_S}|{astuple(SamplingLimits())}"
+    return {"alert": stream_id} | {
+        name: str(uuid.uuid5(NAMESPACE, f"{stream_id}|{name}|{limits}")) for name in ("drift", "sample")
+    }
+
+
 class _Publisher:
-    """Sends a replay's alerts and its summary, and waits for the collector."""
+    """Sends what a replay said and its summary, and waits for the collector."""
 
     def __init__(self, options: ReplayOptions, broker: BrokerConfig, *, vehicle_id: str, stream_id: str) -> None:
         self._options = options
@@ -243,18 +246,18 @@ class _Publisher:
         self._vehicle_id = vehicle_id
         self._stream_id = stream_id
 
-    def publish(self, changes: list[_Change], summary: Summary) -> int:
+    def publish(self, said: list[Report], summary: Summary) -> int:
         """Return how many messages the collector acknowledged: all. Raises `UnavailableError` otherwise."""
         with self._folder() as folder:
             outbox = Outbox(
                 folder, notice_topic=topics.notice(self._vehicle_id), build_loss=self._loss,
-                stream_ids={"alert": self._stream_id}, reserve_bytes=0,
+                stream_ids=stream_ids(self._stream_id), reserve_bytes=0, max_bytes=MAX_BYTES,
             )  # fmt: skip
             uplink = Uplink(outbox.stream_ids, STREAMS, random.SystemRandom().random, LIMITS)
             client_id = f"voltwatch-replay-{self._vehicle_id}"
             link = Link(self._broker, self._vehicle_id, outbox, uplink, client_id=client_id, will=None)
             try:
-                count = self._append_all(outbox, changes, summary)
+                count = self._append_all(outbox, said, summary)
                 link.start()
                 self._wait(link, outbox, count)
             finally:
@@ -271,24 +274,10 @@ class _Publisher:
         with tempfile.TemporaryDirectory(prefix="voltwatch-replay-") as folder:
             yield Path(folder)
 
-    def _append_all(self, outbox: Outbox, changes: list[_Change], summary: Summary) -> int:
-        for change in changes:
-            subject = change.alert.failure_type
-
-            def build(stream_id: str, seq: int, change: _Change = change, subject: str = subject) -> bytes:
-                return messages.encode(
-                    _event(
-                        change.alert,
-                        change.event_id,
-                        change.time,
-                        self._vehicle_id,
-                        stream_id=stream_id,
-                        seq=seq,
-                        subject=subject,
-                    )
-                )
-
-            outbox.append("alert", change.event_id, build, topics.alert(self._vehicle_id, subject))
+    def _append_all(self, outbox: Outbox, said: list[Report], summary: Summary) -> int:
+        envelope = partial(_envelope, self._vehicle_id)
+        for report in said:
+            append(outbox, report, envelope)
         last = iso(summary.last_s or 0.0)
         body = messages.ReplaySummary(
             recording=summary.recording[:512],
@@ -303,12 +292,9 @@ class _Publisher:
             worst_cell_deviation_v=summary.worst_cell_deviation_v,
             model_release=summary.model_release,
         )
-        outbox.append(
-            "alert", "summary",
-            lambda i, s: messages.encode(_event(body, f"{i}/summary", last, self._vehicle_id, stream_id=i, seq=s)),
-            topics.notice(self._vehicle_id),
-        )  # fmt: skip
-        return len(changes) + 1
+        event_id = f"{self._stream_id}/summary"
+        append(outbox, Report("alert", event_id, topics.notice(self._vehicle_id), last, "", body), envelope)
+        return len(said) + 1
 
     def _wait(self, link: Link, outbox: Outbox, count: int) -> None:
         """Wait until everything is acknowledged; the time-out begins again with every ack."""
@@ -330,8 +316,8 @@ class _Publisher:
             time.sleep(0.05)
 
     def _loss(self, loss: messages.Loss, stream_id: str, seq: int) -> bytes:
-        event_id = f"{stream_id}/{seq}"
-        return messages.encode(_event(loss, event_id, iso(0.0), self._vehicle_id, stream_id=stream_id, seq=seq))
+        report = Report("alert", f"{stream_id}/{seq}", "", iso(0.0), "", loss)
+        return messages.encode(_envelope(self._vehicle_id, report, stream_id, seq))
 
 
 class _Progress:

@@ -262,7 +262,7 @@ class TelemetryService:
         outcomes = vehicle.pipeline.push(block)
         if vehicle.pipeline.warming_s < vehicle.period_s:
             # a frame is whole, unlike a value from a bus: nothing more can come for the window's last grid point
-            outcomes += vehicle.pipeline.flush()
+            outcomes += vehicle.pipeline.complete()
         if vehicle.recent is not None:
             vehicle.recent.append(block)
             if any(isinstance(o, Scored | NoScore) for o in outcomes) or len(vehicle.recent) > self._spec.frames:

@@ -229,6 +229,12 @@ class Outbox:
             self.counters["rows_corrupt"] += 1
             return None
 
+    def knows(self, stream: str, key: str) -> bool:
+        """Whether an `append` with this key was done: of what waits, and of the newest that were released."""
+        with self._guarded("read") as db:
+            found = db.execute("SELECT 1 FROM known_key WHERE stream = ? AND key = ?", (stream, key)).fetchone()
+            return found is not None
+
     def waiting(self) -> dict[str, list[int]]:
         """List the sequence numbers waiting in each stream, ascending."""
         with self._guarded("read") as db:

@@ -1,8 +1,9 @@
-"""The whole way from arrivals to outcomes for one vehicle: ingest, guards, window, model, decision, drift counts.
+"""The whole way from arrivals to outcomes for one vehicle: ingest, guards, window, model, decision, counts, samples.
 
 Promises: the same arrivals give the same outcomes live, in a replay and in the server, however they are cut into
-blocks; outcomes leave in time order; `snapshot` and `restore` go on exactly where another instance stopped. Owns no
-clock, no queue and no file: sending, storing and reading are left to whoever runs it.
+blocks; windows and alerts leave in time order, the counts of a span before the first window after it, samples after the
+window that asked for them; `snapshot` and `restore` go on exactly where another instance stopped. Owns no clock, no
+queue and no file: sending, storing and reading are left to whoever runs it.
 """
 
 from collections import Counter
@@ -18,7 +19,8 @@ from edge_agent.pipeline.bundle_dir import LoadedBundle
 from edge_agent.pipeline.guards import GuardLimits, Guards
 from edge_agent.pipeline.inference import Scorer, State
 from edge_agent.pipeline.ingest import Ingest
-from edge_agent.pipeline.outcomes import AlertChange, NoScore, Outcome, Scored, Scores, Window
+from edge_agent.pipeline.outcomes import AlertChange, Counted, NoScore, Outcome, Scored, Scores, Window
+from edge_agent.pipeline.sampling import Sampler, SamplingLimits
 from edge_agent.pipeline.snapshot import PipelineState, decode, encode
 from edge_agent.pipeline.window import Windower
 
@@ -32,6 +34,8 @@ class Pipeline:
     horizon_s       how late a row may come (`Ingest`); 0 for a live bus, where rows are stamped at receipt
     timeline        "" where times are Unix seconds, else what tells this timeline from others: the boot id
     expected        names of the signals the source carries; they count in the coverage before they were ever seen
+    publish_s       drift counts leave when so much of the source's time has passed since their first window
+    sampling        which raw windows are to be sent, and how many bytes of them
 
     Raises `BundleError` when the bundle's graph does not load.
     """
@@ -49,6 +53,8 @@ class Pipeline:
         horizon_s: float = 2.0,
         timeline: str = "",
         expected: Collection[str] = (),
+        publish_s: float = drift.PUBLISH_S,
+        sampling: SamplingLimits | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.vehicle_id = vehicle_id
@@ -63,7 +69,7 @@ class Pipeline:
         self._model_state: State = {} if self._scorer is None else self._scorer.initial_state(cells, probes)
         self._decisions: dict[str, decision.TypeState] = {}
         self._counts: Counter[str] = Counter()
-        self.drift = (
+        self._drift = (
             None
             if bundle is None
             else drift.DriftCounter(
@@ -72,17 +78,26 @@ class Pipeline:
                 features=bundle.manifest.features,
                 failure_types=bundle.manifest.failure_types,
                 spec=spec,
+                reference_id=bundle.drift_reference_sha256,
+                timeline=timeline,
+                publish_s=publish_s,
             )
         )
+        self._sampler = Sampler(
+            sampling or SamplingLimits(), vehicle_id=vehicle_id, signals=catalogue.scalar_names, length_s=spec.length_s,
+            timeline=timeline, state_id="" if bundle is None else bundle.manifest.state_id,
+            release=None if bundle is None else bundle.manifest.release,
+        )  # fmt: skip
         self.last_arrival_s: float | None = None
         self.last_scores: Scores | None = None
 
     @property
     def counters(self) -> dict[str, int]:
         """Counts since the start: frames (rows taken), rows_… and values_… (`Ingest`), windows_scored,
-        windows_no_score.REASON, alerts_raised, guard_alerts_raised, window_starts, snapshot_refused.
+        windows_no_score.REASON, alerts_raised, guard_alerts_raised, window_starts, snapshot_refused, drift_messages,
+        drift_windows (in them), samples.REASON, sample_bytes, samples_over_budget.REASON.
         """  # noqa: D205
-        counts = dict(self._counts)
+        counts = dict(self._counts + self._sampler.counters)
         rows = dict(self._ingest.counters)
         counts["frames"] = rows.pop("rows", 0)
         counts.update(rows)
@@ -117,12 +132,41 @@ class Pipeline:
                              f"{self.cells} cells and {self.probes} probes")  # fmt: skip
         return self._ordered(self._ingest.push(block))
 
-    def flush(self) -> list[Outcome]:
-        """Return what is still to come of the arrivals so far: the source has ended."""
+    def complete(self) -> list[Outcome]:
+        """Return what is still to come of the arrivals so far, where no more can come for the newest grid point."""
         outcomes = self._ordered(self._ingest.flush())
         for window in self._windower.flush():
             outcomes += self._window(window)
         return outcomes
+
+    def flush(self) -> list[Outcome]:
+        """Return what is still to come of the arrivals so far, counts included: the source has ended."""
+        return [*self.complete(), *self.take_counts()]
+
+    def idle(self, now_s: float) -> list[Outcome]:
+        """Say that it is `now_s` and nothing came since the newest arrival; counts that are due leave.
+
+        Nothing happens before the silence is a gap: then the next arrival begins a new window whatever it is, so that
+        the counts are those which it would have brought.
+        """
+        if self.last_arrival_s is None or not now_s > self.last_arrival_s + self._windower.gap_s:
+            return []
+        if self._drift is None or not self._drift.due(now_s):
+            return []
+        outcomes = self.complete()
+        return [*outcomes, *self.take_counts()] if self._drift.due(now_s) else outcomes
+
+    def take_counts(self) -> list[Outcome]:
+        """End the open span of drift counts and return it, one outcome a stratum; nothing where none was scored."""
+        taken = () if self._drift is None else self._drift.take()
+        self._counts["drift_messages"] += len(taken)
+        self._counts["drift_windows"] += sum(counted.windows for counted in taken)
+        return list(taken)
+
+    @property
+    def open_counts(self) -> tuple[Counted, ...]:
+        """What `take_counts` would return now."""
+        return () if self._drift is None else self._drift.open
 
     def _ordered(self, block: ArrivalBlock) -> list[Outcome]:
         if not len(block):
@@ -130,32 +174,40 @@ class Pipeline:
         self.last_arrival_s = float(block.time_s[-1])
         guards = self._guards.check(block)
         windows = self._windower.push(block)
-        for change in guards:
-            self._counts[f"guard_alerts_{change.transition}"] += 1
-        if not windows:
-            return list(guards)
         outcomes: list[Outcome] = []
         at = 0
         for window in windows:
             while at < len(guards) and guards[at].time_s <= window.end_s:
-                outcomes.append(guards[at])
+                outcomes.append(self._guard(guards[at]))
                 at += 1
             outcomes += self._window(window)
-        return outcomes + guards[at:]
+        return outcomes + [self._guard(change) for change in guards[at:]]
+
+    def _guard(self, change: AlertChange) -> AlertChange:
+        self._counts[f"guard_alerts_{change.transition}"] += 1
+        self._sampler.alert(change)
+        return change
 
     def _window(self, window: Window | NoScore) -> list[Outcome]:
+        counts = self.take_counts() if self._drift is not None and self._drift.due(window.end_s) else []
+        return counts + self._decide(window)
+
+    def _decide(self, window: Window | NoScore) -> list[Outcome]:
         if isinstance(window, NoScore):
             return [self._no_score(window)]
-        if self._scorer is None or self.bundle is None or self.drift is None:
-            return [self._no_score(NoScore(window.end_s, "no_bundle", "no bundle is installed: guards only"))]
-        scores, self._model_state = self._scorer.score(window, self._model_state)
+        group = drift.stratum(window, self.catalogue)
+        if self._scorer is None or self.bundle is None or self._drift is None:
+            reason = self._no_score(NoScore(window.end_s, "no_bundle", "no bundle is installed: guards only"))
+            return [reason, *self._sampler.take(window, {}, group, [], scored=False)]
+        before = self._model_state
+        scores, self._model_state = self._scorer.score(window, before)
         if isinstance(scores, NoScore):
             return [self._no_score(scores)]
         manifest, thresholds = self.bundle.manifest, self.bundle.thresholds
         self._counts["windows_scored"] += 1
         self.last_scores = scores
-        scored = Scored(window, scores, drift.stratum(window, self.catalogue))
-        self.drift.add(scored)
+        scored = Scored(window, scores, group)
+        self._drift.add(scored)
         self._decisions, changes = decision.decide(
             self._decisions, scores, window.end_s, manifest=manifest, policy=thresholds.policy,
             rule=thresholds.decision, timeline=self._timeline,
@@ -164,14 +216,14 @@ class Pipeline:
         for change in changes:
             self._counts[f"alerts_{change.transition}"] += 1
             outcomes.append(_with_evidence(change, scores, self.bundle))
-        return outcomes
+        return [*outcomes, *self._sampler.take(window, before, group, changes)]
 
     def _no_score(self, window: NoScore) -> NoScore:
         self._counts[f"windows_no_score.{window.reason}"] += 1
         return window
 
     def snapshot(self) -> bytes:
-        """Return everything that has to be kept, as bytes for `restore`: some 100 kB, mostly the window."""
+        """Return everything that has to be kept, as bytes for `restore`: some 100 kB, mostly windows."""
         return encode(
             PipelineState(
                 widths=(len(self.catalogue.scalars), self.cells, self.probes),
@@ -182,8 +234,10 @@ class Pipeline:
                 guards=self._guards.state(),
                 model=self._model_state,
                 decisions=self._decisions,
-                counts=dict(self._counts),
+                counts=dict(sorted((self._counts + self._sampler.counters).items())),
                 last_arrival_s=self.last_arrival_s,
+                drift=None if self._drift is None else self._drift.state(),
+                sampler=self._sampler.state(),
             )
         )
 
@@ -192,7 +246,8 @@ class Pipeline:
 
         `shift_s` is added to every time: for a vehicle that booted since, the old timeline's offset to wall time minus
         the new one's. A shift begins a new window (the time between was not seen); trend state, decisions and standing
-        alerts go on. A snapshot of a model with another state_id keeps everything but the model's own state.
+        alerts, counts and samples go on. A snapshot of a model with another state_id keeps everything but the model's
+        own state; one of other drift bins loses the counts of its open span, as `drift_windows_refused`.
         """
         state = decode(data)
         widths = (len(self.catalogue.scalars), self.cells, self.probes)
@@ -211,6 +266,12 @@ class Pipeline:
         self._guards.restore(state.guards, shift_s)
         self._decisions = {name: decision.shifted(s, shift_s) for name, s in state.decisions.items()}
         self.last_arrival_s = None if state.last_arrival_s is None else state.last_arrival_s + shift_s
+        if state.drift is not None and self._drift is not None:
+            self._counts["drift_windows_refused"] += self._drift.restore(state.drift, shift_s)
+        elif state.drift is not None:
+            self._counts["drift_windows_refused"] += sum(span.windows for span in state.drift.strata)
+        if state.sampler is not None:
+            self._sampler.restore(state.sampler, shift_s)
         if self._scorer is not None and self.bundle is not None:
             same = state.state_id == self.bundle.manifest.state_id
             if same and self._scorer.fits(state.model, self.cells, self.probes):

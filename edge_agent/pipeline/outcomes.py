@@ -1,4 +1,4 @@
-"""What the pipeline says: windows, scores, windows without a score, and changes of alerts.
+"""What the pipeline says: windows, scores, windows without a score, changes of alerts, drift counts, samples.
 
 Plain frozen values. Times are seconds on the source's timeline (see `ArrivalBlock.time_s`); turning them into wall time
 is the business of whoever owns a clock.
@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.messages import Severity, Stratum, Transition
+from edge_agent.contract.messages import DriftVariable, Severity, Stratum, Transition
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -108,4 +108,41 @@ class AlertChange:
     evidence: tuple[Reason, ...] = field(default=())
 
 
-Outcome = Scored | NoScore | AlertChange
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Drift counts of one span of time and one stratum; spans follow each other without overlap or gap.
+
+    `key` identifies the span together with vehicle and stratum: it is given with the span's first window and stays the
+    same over a restart. `first_s` and `last_s` are the ends of the stratum's first and last window.
+    """
+
+    key: str
+    stratum: Stratum
+    first_s: float
+    last_s: float
+    windows: int
+    variables: tuple[DriftVariable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A raw window chosen for training, packed (`samples.pack`) with the model's state from before it.
+
+    `key` identifies the window together with vehicle and release; alert_id and failure_type are empty for one of the
+    random share. `state_id` and `model_release` are of the bundle whose state it carries; "" and None without one.
+    """
+
+    key: str
+    end_s: float
+    elapsed_s: float
+    coverage: float
+    stratum: Stratum
+    reason: Literal["alert", "random"]
+    packed: bytes
+    state_id: str = ""
+    model_release: int | None = None
+    alert_id: str = ""
+    failure_type: str = ""
+
+
+Outcome = Scored | NoScore | AlertChange | Counted | Sampled

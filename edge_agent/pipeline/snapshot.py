@@ -11,9 +11,11 @@ import msgspec
 import numpy as np
 
 from edge_agent.pipeline.decision import TypeState
+from edge_agent.pipeline.drift import DriftState
 from edge_agent.pipeline.guards import GuardState
 from edge_agent.pipeline.inference import State
 from edge_agent.pipeline.ingest import IngestState
+from edge_agent.pipeline.sampling import SamplerState
 from edge_agent.pipeline.window import WindowState
 
 VERSION = 1
@@ -35,6 +37,8 @@ class PipelineState(msgspec.Struct, frozen=True, kw_only=True):
     decisions: dict[str, TypeState]
     counts: dict[str, int]
     last_arrival_s: float | None
+    drift: DriftState | None = None  # None: kept by an agent without a bundle, or by one that did not count
+    sampler: SamplerState | None = None
 
 
 class _Array(msgspec.Struct, array_like=True):

@@ -115,7 +115,7 @@ class Windower:
         self.spec = spec
         self.period_s = max(period_s, spec.period_s)
         self._stride = max(1, round(spec.stride_s / spec.period_s))
-        self._gap_s = max(spec.gap_limit_s, 3.0 * period_s)
+        self.gap_s = max(spec.gap_limit_s, 3.0 * period_s)
         self._lanes = (
             _Lane(spec.frames, len(catalogue.scalars)),
             _Lane(spec.frames, cells),
@@ -163,7 +163,7 @@ class Windower:
             return self._push_one(block)
         index = self._index(block.time_s)
         steps = np.diff(block.time_s, prepend=block.time_s[0] if self._first is None else self._last_s)
-        breaks = np.flatnonzero((steps > self._gap_s) | (steps < 0))
+        breaks = np.flatnonzero((steps > self.gap_s) | (steps < 0))
         group_start = np.concatenate(([True], np.diff(index) != 0))
         rank = np.arange(rows) - np.maximum.accumulate(np.where(group_start, np.arange(rows), 0))
         ended: list[Window | NoScore] = []
@@ -186,7 +186,7 @@ class Windower:
     def _push_one(self, block: ArrivalBlock) -> list[Window | NoScore]:
         time = float(block.time_s[0])
         ended: list[Window | NoScore] = []
-        if self._first is not None and not 0 <= time - self._last_s <= self._gap_s:
+        if self._first is not None and not 0 <= time - self._last_s <= self.gap_s:
             ended = self._break()
         index = int(np.ceil(time / self.spec.period_s - _ON_GRID))
         if self._first is None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from edge_agent import health, logs
-from edge_agent.agent import retained_current
 from edge_agent.clock import RELEASE_FLOOR_S, ScaledClock, SystemClock, TimeFloor, from_iso
 from edge_agent.config import load_config, parse_config
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.messages import Current, decode_current, decode_status
 from edge_agent.pipeline.alerts import iso
+from edge_agent.reporting import retained_current
 
 GOOD = """
 vehicle_id = "EV_1"

@@ -1,21 +1,26 @@
 """`edge-agent replay`: its summary, its files, publishing once however often, and its one-line errors."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
 
 from edge_agent.__main__ import main
+from edge_agent.clock import from_iso
 from edge_agent.contract import messages, topics
 from edge_agent.contract.bundle import Decision, WindowSpec
 from edge_agent.contract.messages import decode_event
+from edge_agent.contract.samples import unpack
 from edge_agent.contract.signals import default_catalogue
 from tests.brokers import Broker, Collector, broker, free_port, wait_for
 from tests.bundles import build_bundle
 from tests.vehicles import SCHEMA, catalogue
 
 __all__ = ["broker"]
+# of the recording below: an alert and its end; a window at it, two before it, one after it, and one of the random share
+MESSAGES = Counter(Alert=2, ReplaySummary=1, DriftCounts=1, Sample=5)
 MAPPING = """
 [source]
 vehicle_id = "EV_8"
@@ -71,11 +76,30 @@ def test_published_twice_is_stored_once(recording: list[str], broker: Broker) ->
     publish = [*recording, "--publish", "--broker", f"127.0.0.1:{broker.port}", "--timeout", "10"]
     assert main(publish) == 0
     stored = dict(collector.stored)
-    kinds = [decode_event(payload, "EV_8")[1] for payload in stored.values()]
-    assert [type(kind).__name__ for kind in kinds] == ["Alert", "Alert", "ReplaySummary"]
+    said = [decode_event(payload, "EV_8")[1] for payload in stored.values()]
+    assert Counter(type(data).__name__ for data in said) == MESSAGES
     assert main(publish) == 0
     assert collector.stored == stored
     assert len([t for t, _, _ in collector.received if "/alert/" in t]) == 4
+    collector.close()
+
+
+def test_counts_and_samples_of_a_recording_are_published_with_its_alerts(recording: list[str], broker: Broker) -> None:
+    collector = Collector(broker.port)
+    assert main([*recording, "--publish", "--broker", f"127.0.0.1:{broker.port}", "--timeout", "10"]) == 0
+    events = [decode_event(payload, "EV_8") for payload in collector.stored.values()]
+    assert len({e.streamid for e, _ in events}) == 3, "a stream for each class of message"
+    assert all(e.replayed and not e.clocktrusted for e, _ in events)
+    said = [data for _, data in events]
+    assert [d.windows for d in said if isinstance(d, messages.DriftCounts)] == [28]
+    alert = next(d for d in said if isinstance(d, messages.Alert))
+    around = [d for d in said if isinstance(d, messages.Sample) and d.reason == "alert"]
+    assert {(d.alert_id, d.failure_type) for d in around} == {(alert.alert_id, alert.failure_type)}
+    ends = [from_iso(d.end_time) for d in around]
+    raised_s = next(from_iso(e.time) for e, d in events if d is alert)
+    assert [end - raised_s for end in ends] == [0.0, -60.0, -120.0, 60.0], "at it, before it nearest first, after it"
+    for sample in around:
+        assert unpack(sample.payload).values.shape == (60, 2)
     collector.close()
 
 
@@ -89,7 +113,7 @@ def test_a_replay_leaves_what_is_retained_of_a_live_vehicle_as_it_is(
     for topic, payload in retained.items():
         collector.client.publish(topic, payload, qos=1, retain=True).wait_for_publish(10)
     assert main([*recording, "--publish", "--broker", f"127.0.0.1:{broker.port}", "--timeout", "10"]) == 0
-    assert len(collector.stored) == 3
+    assert len(collector.stored) == MESSAGES.total()
     assert wills == [], "nor is anything said when it breaks off"
     late = Collector(broker.port, name="late")
     wait_for(lambda: len(late.received) >= 2, what="what is retained")
@@ -108,11 +132,11 @@ def test_without_a_collector_it_ends_with_one_line_and_what_it_kept_is_delivered
     assert main(publish) == 69
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("edge-agent")]
     assert len(error) == 1
-    assert "3 of 3 messages not delivered" in error[0]
+    assert f"{MESSAGES.total()} of {MESSAGES.total()} messages not delivered" in error[0]
     assert "kept in" in error[0]
     collector = Collector(broker.port)
     assert main(publish) == 0
-    assert len(collector.stored) == 3
+    assert len(collector.stored) == MESSAGES.total()
     assert main(publish) == 0  # everything was delivered: nothing is sent again
     collector.close()
 

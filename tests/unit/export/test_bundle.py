@@ -241,8 +241,7 @@ def test_drift_is_counted_on_the_vehicle_against_the_very_bins_of_the_reference(
     scores, _ = scorer.score(window, scorer.initial_state(12, 4))
     assert isinstance(scores, Scores)
     counter.add(Scored(window, scores, "driving"))
-    taken = counter.take()
-    assert taken is not None
+    (taken,) = counter.take()
     reference = {v.name: v for v in loaded.drift_reference.variables}
     assert {v.name for v in taken.variables} == set(reference)
     assert {"failure_probability", "anomaly_score", "type_probability.motor_bearing_wear"} <= set(reference)
