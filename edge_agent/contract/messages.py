@@ -1,7 +1,8 @@
 """Messages on the wire: their fields, and the only encoder and decoder of them.
 
 What must not be lost is an `Event`: a CloudEvents 1.0 structured JSON envelope whose extension attributes carry the
-outbox's numbering (streamid, seq). Retained states (`Status`, `Current`) and the collector's `Ack` are plain JSON.
+outbox's numbering (streamid, seq). Retained states (`Status`, `Current`, `ModelState`), the cloud's `Desired` and the
+collector's `Ack` are plain JSON.
 A receiver keeps unknown fields of a newer minor version by storing the bytes it got; a newer major version raises
 `NewerMajorError`. JSON has no NaN: an unknown number is null, and the encoder refuses anything not finite.
 """
@@ -212,6 +213,45 @@ class Ack(Body, frozen=True, kw_only=True):
     time: str
 
 
+class Desired(Body, frozen=True, kw_only=True):
+    """Which release a vehicle is to install: a pointer into the signed repository, and trusted for nothing else.
+
+    `target` is the name of a signed target there; `counter` must be the one that is signed with it.
+    """
+
+    schemaversion: str = SCHEMA_VERSION
+    target: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)*$", max_length=200)]
+    counter: Annotated[int, Meta(ge=1, le=2**53)]
+    rollout_id: Annotated[str, Meta(max_length=128)] = ""
+    time: str
+
+
+class ModelState(Body, frozen=True, kw_only=True):
+    """Which release really decides on a vehicle, said at every boot and change.
+
+    `counter` to `slot` are of the release that decides; `target`, `attempted` (its counter), `reason` and `attempts` of
+    the last one that was to be installed. `shadow`: that one is scored beside the deciding one until its trend is warm.
+    `rolled_back` and `refused`: it is not, or no longer, to decide, for `reason` (a code) and `detail` (one line).
+    A bundle that came with the vehicle has no counter.
+    """
+
+    schemaversion: str = SCHEMA_VERSION
+    boot_id: str
+    time: str
+    state: Literal["running", "probation", "shadow", "rolled_back", "refused", "guards_only"]
+    counter: int | None = None
+    release: int | None = None
+    name: str = ""
+    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    slot: Literal["a", "b", "factory", ""] = ""
+    target: Annotated[str, Meta(max_length=200)] = ""
+    attempted: int | None = None
+    rollout_id: Annotated[str, Meta(max_length=128)] = ""
+    reason: Annotated[str, Meta(max_length=64)] = ""
+    detail: ShortText = ""
+    attempts: Annotated[int, Meta(ge=0)] = 0
+
+
 EventData = Alert | Loss | ReplaySummary | DriftCounts | Sample
 EVENT_TYPES: dict[str, type[EventData]] = {
     TYPE_PREFIX + "alert": Alert,
@@ -222,7 +262,7 @@ EVENT_TYPES: dict[str, type[EventData]] = {
 }
 _TYPE_OF = {kind: name for name, kind in EVENT_TYPES.items()}
 T = TypeVar("T")
-Versioned = TypeVar("Versioned", Status, Current, Ack)
+Versioned = TypeVar("Versioned", Status, Current, Ack, Desired, ModelState)
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})", re.ASCII)
 
 
@@ -286,6 +326,16 @@ def decode_ack(payload: bytes) -> Ack:
     if any(first > last for first, last in ack.ranges):
         raise MessageError("ack has a range whose end lies before its start")
     return ack
+
+
+def decode_desired(payload: bytes) -> Desired:
+    """Decode which release is to be installed. Raises like `decode_event`."""
+    return _versioned(_decode(payload, Desired))
+
+
+def decode_model_state(payload: bytes) -> ModelState:
+    """Decode which release decides on a vehicle. Raises like `decode_event`."""
+    return _versioned(_decode(payload, ModelState))
 
 
 def check_version(version: str) -> None:

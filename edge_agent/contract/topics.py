@@ -76,6 +76,16 @@ def ack(vehicle_id: str) -> str:
     return _build(vehicle_id, "ack")
 
 
+def model_desired(vehicle_id: str) -> str:
+    """Topic on which the cloud says, retained, which release a vehicle is to install."""
+    return _build(vehicle_id, "model", "desired")
+
+
+def model_state(vehicle_id: str) -> str:
+    """Topic on which a vehicle says, retained, which release really runs."""
+    return _build(vehicle_id, "model", "state")
+
+
 def _build(vehicle_id: str, *rest: str) -> str:
     return "/".join((ROOT, check_vehicle_id(vehicle_id), *rest))
 
