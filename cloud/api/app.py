@@ -17,7 +17,7 @@ from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
 from cloud.api.settings import Settings
-from cloud.api.v1 import alerts, labels, samples, vehicles
+from cloud.api.v1 import alerts, drift, labels, retraining, samples, vehicles
 from edge_agent.contract.errors import VoltwatchError
 
 DESCRIPTION = """Predictive maintenance for electric vehicles.
@@ -71,7 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(_PlainStartFault)
     app.include_router(routes.router)
     app.include_router(stream.router)
-    for area in (alerts, labels, samples, vehicles):
+    for area in (alerts, drift, labels, retraining, samples, vehicles):
         app.include_router(area.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -17,6 +17,8 @@ from pathlib import Path
 from cloud.api.settings import Settings
 from cloud.api.telemetry import TelemetryService
 from cloud.collector.mqtt import Collector, CollectorConfig, parse_broker
+from cloud.drift import watch
+from cloud.drift.limits import load_limits
 from cloud.lake.lake import Lake
 from cloud.lake.mover import Mover
 from cloud.store.fleet_store import FleetStore, StoreAwayError
@@ -42,6 +44,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started_s = time.monotonic()
+        self.limits = load_limits(settings.config)
         self.catalogue: Catalogue = settings.catalogue()
         self.bundle: LoadedBundle | None = None
         self.bundle_detail = "no bundle: guards only"
@@ -72,10 +75,12 @@ class Service:
                 client_id=f"voltwatch-collector-{store}",
             )  # fmt: skip
             self.collector = Collector(self.store, config, wall=self.wall)
+        self.drift = watch.DriftWatch(self.store, self.bundle, self.limits, wall=self.wall)
         self.sockets = 0
         self.counters: Counter[str] = Counter()
         self._steps: list[tuple[str, float, Callable[[], Awaitable[None]]]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self.every("drift", watch.EVERY_S, self.drift.step)
         self.every("lake", LAKE_STEP_S, self.mover.step)
 
     def every(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:

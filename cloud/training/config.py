@@ -13,13 +13,19 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from cloud.drift.limits import DEFAULT_CONFIG, Count, Drift, Positive, Retraining, Section, Share
+from cloud.drift import limits
+from cloud.drift.limits import Count, Drift, Positive, Retraining, Share
 from edge_agent.contract.bundle import Decision, WindowSpec
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.mapping import Mapping, parse_mapping
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
 
+DEFAULT_CONFIG = limits.DEFAULT_CONFIG
 DEFAULT_MAPPING = "ev_catalogue.toml"  # columns named as the catalogue's signals
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the file's sections; the two that the service reads too stand in `cloud.drift.limits`."""
 
 
 class Split(Section, frozen=True, kw_only=True):

@@ -149,19 +149,37 @@ class DriftReferenceVariable(Part, frozen=True, kw_only=True):
     """Bins of one variable, and how the training fleet filled them.
 
     `edges` are the B-1 inner edges (a value on an edge belongs above it); `counts` are [B+1] a stratum, the last being
-    "missing".
+    "missing". `limits` are the stability indices (`drift_measure.psi`) a stratum above which it has drifted, one for
+    each of the calibration's sizes; a stratum of which too little is known has none.
     """
 
     name: str
     kind: Literal["signal", "feature", "score"]
     edges: tuple[float, ...]
     counts: dict[str, tuple[int, ...]]
+    limits: dict[str, tuple[Annotated[float, Meta(gt=0)], ...]] = {}
+
+
+class DriftSize(Part, frozen=True, kw_only=True):
+    """How much was drawn: so many vehicles, and at most so many windows of each, one after the other."""
+
+    vehicles: Annotated[int, Meta(ge=1)]
+    windows: Annotated[int, Meta(ge=1)]
+
+
+class DriftCalibration(Part, frozen=True, kw_only=True):
+    """What the limits promise: `false_alarm_rate` is that of any variable at all in one look at healthy vehicles."""
+
+    false_alarm_rate: Annotated[float, Meta(gt=0, lt=1)]
+    draws: Annotated[int, Meta(ge=1)]
+    sizes: Annotated[tuple[DriftSize, ...], Meta(min_length=1)]
 
 
 class DriftReference(Part, frozen=True, kw_only=True):
-    """`drift_reference.json`: what the training fleet looked like."""
+    """`drift_reference.json`: what the training fleet looked like. Bundles of before the calibration have none."""
 
     variables: tuple[DriftReferenceVariable, ...]
+    calibration: DriftCalibration | None = None
 
 
 Document = TypeVar("Document", Manifest, Thresholds, DriftReference)
@@ -203,11 +221,14 @@ def parse_thresholds(text: bytes, origin: str) -> Thresholds:
 
 
 def parse_drift_reference(text: bytes, origin: str) -> DriftReference:
-    """Read a drift reference. Raises `BundleError` when malformed or when counts do not fit their edges."""
+    """Read a drift reference. Raises `BundleError` when malformed, or for counts or limits of another length."""
     reference = _parse(text, DriftReference, f"{origin}/{DRIFT_REFERENCE}")
     for variable in reference.variables:
         if any(len(counts) != len(variable.edges) + 2 for counts in variable.counts.values()):
             raise BundleError(f"{origin}/{DRIFT_REFERENCE}: counts of {variable.name!r} do not fit its edges")
+        sizes = len(reference.calibration.sizes) if reference.calibration else 0
+        if any(len(limits) != sizes for limits in variable.limits.values()):
+            raise BundleError(f"{origin}/{DRIFT_REFERENCE}: limits of {variable.name!r} do not fit its calibration")
     return reference
 
 
