@@ -12,7 +12,8 @@ from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cloud.api import problems, routes, stream
+from cloud.api import metrics, problems, routes, stream
+from cloud.api.http_metrics import HttpMetrics
 from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
@@ -61,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         try:
             yield
         finally:
+            await app.state.metrics.stop()
             await service.stop()
 
     app = FastAPIOffline(  # its pages come with the package: a fleet's server may have no way out
@@ -68,9 +70,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False, license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )  # fmt: skip
     problems.install(app)
+    app.state.metrics = metrics.Metrics()
+    app.add_middleware(HttpMetrics, histogram=app.state.metrics.http)
     app.add_middleware(_PlainStartFault)
     app.include_router(routes.router)
     app.include_router(stream.router)
+    app.include_router(metrics.router)
     for area in (alerts, drift, labels, retraining, samples, vehicles):
         app.include_router(area.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
