@@ -14,6 +14,7 @@ COMMANDS = {
     "retrain": ("cloud.training.retrain_command", "training"),
     "serve": ("cloud.api.commands", "cloud"),
     "broker": ("cloud.api.commands", "cloud"),
+    "provision": ("cloud.identity.commands", "cloud"),
     "demo": ("cloud.demo.command", "training"),
     "advice-model": ("export.sentence_model", "training"),
 }
@@ -40,7 +41,11 @@ def _app() -> Callable[[], None]:
     for name in [wanted] if wanted else COMMANDS:
         module, extra = COMMANDS[name]
         try:
-            app.command(name)(getattr(import_module(module), name.replace("-", "_")))
+            command = getattr(import_module(module), name.replace("-", "_"))
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=name)
+            else:
+                app.command(name)(command)
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] in {"cloud", "edge_agent", "export"}:
                 raise
