@@ -1,9 +1,10 @@
 """Raw frames of vehicles without an agent: windowed and scored here by the very pipeline that runs on a vehicle.
 
 This process is the one owner of each such vehicle's pipeline. Frames of one vehicle take effect one request after the
-other; the work runs in a thread. What the pipeline says is stored together with the state it said it from, so a restart
-continues, and an alert that could not be stored is stored with the next frames. Frames since the newest window are in
-memory only: a kill costs at most one stride of them.
+other; the work runs in a thread. What the pipeline says (alerts, drift counts, samples) is stored together with the
+state it said it from, so a restart continues, nothing is counted twice, and what could not be stored is stored with the
+next frames. Frames since the newest window are in memory only: a kill costs at most one stride of them. Counts of a
+vehicle that fell silent leave by `rest`.
 """
 
 import asyncio
@@ -39,17 +40,20 @@ from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.bundle import WindowSpec
 from edge_agent.contract.errors import MessageError
 from edge_agent.contract.signals import SEVERITIES, Catalogue, FloatArray
-from edge_agent.pipeline.alerts import alert_message, iso
+from edge_agent.pipeline.alerts import iso
 from edge_agent.pipeline.bundle_dir import LoadedBundle
 from edge_agent.pipeline.chain import Pipeline
-from edge_agent.pipeline.outcomes import AlertChange, NoScore, Outcome, Scored
+from edge_agent.pipeline.outcomes import NoScore, Outcome, Scored
+from edge_agent.pipeline.reports import Report, reports
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BOOT_ID = "server"  # these events are numbered by the store, across restarts of this process
 TOUCH_S = 10.0  # a vehicle's row is brought up to date at least so often, not with every single frame
 SET_BACK_S = 3_600.0  # a request wholly so far behind the newest frame is no retry: the vehicle's clock was set back
-MAX_PENDING_ALERTS = 1_000  # kept while the store is away; guards and cooldown make a handful an hour
+SILENT_S = 300.0  # without frames, and a vehicle's counts leave: it may not come back
+# kept while the store is away; guards and cooldown make a handful an hour, counts three at most, samples a few a day
+MAX_PENDING = {"alert": 1_000, "drift": 100, "sample": 20}
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ class _Vehicle:
     probes: int
     recent: list[ArrivalBlock] | None = None  # all of it, until the first window: replayed if cells turn up
     pending: list[ServerEvent] = field(default_factory=list)
+    frames_at_s: float = -np.inf  # when the newest came, by the server's clock
     scores: dict[str, float | None] | None = None
     committed_at_s: float = -np.inf
     dirty: bool = False
@@ -125,12 +130,12 @@ class TelemetryService:
         outcomes = await self._run(lambda: self._push(vehicle, frames))
         self.counters["frames"] += len(telemetry.frames)
         self.counters["frames_repeated"] += repeated
-        alerts = self._alerts(vehicle_id, vehicle, outcomes)
+        alerts = self._say(vehicle_id, vehicle, outcomes)
         predictions = [self._prediction(o) for o in outcomes if isinstance(o, Scored)]
         if predictions:
             vehicle.scores = _newest_scores(predictions[-1])
         vehicle.dirty = True
-        now = self._wall()
+        vehicle.frames_at_s = now = self._wall()
         if outcomes or vehicle.pending or now - vehicle.committed_at_s >= TOUCH_S or now < vehicle.committed_at_s:
             await self._save(vehicle_id, vehicle, snapshot=bool(outcomes))
         self.counters["windows_scored"] += len(predictions)
@@ -149,6 +154,19 @@ class TelemetryService:
             alerts=alerts,
             notes=self._notes(vehicle.pipeline.counters, before, repeated),
         )
+
+    async def rest(self) -> None:
+        """Let the drift counts of vehicles leave that have sent nothing for `SILENT_S`. Raises `StoreAwayError`."""
+        for vehicle_id in list(self._vehicles):
+            if self._waiting[vehicle_id]:
+                continue
+            async with self._alone(vehicle_id):
+                vehicle = self._vehicles.get(vehicle_id)
+                if vehicle is None or not vehicle.pipeline.open_counts:
+                    continue
+                if self._wall() - vehicle.frames_at_s >= SILENT_S:
+                    self._say(vehicle_id, vehicle, vehicle.pipeline.take_counts())
+                    await self._put_aside(vehicle_id, vehicle)
 
     async def close(self) -> None:
         """Save every vehicle's state, so that a restart continues where this process ends."""
@@ -212,7 +230,7 @@ class TelemetryService:
             again = ArrivalBlock.concatenate(recent)
             outcomes = await self._run(lambda: pipeline.push(again))
             vehicle.recent = recent
-            self._alerts(vehicle_id, vehicle, outcomes)  # decided before: the store knows them by their ids
+            self._say(vehicle_id, vehicle, outcomes)  # decided before: the store knows them by their ids
         elif not await self._run(lambda: carry_over(before, pipeline)):
             raise RuntimeError(f"the pipeline of {vehicle_id} does not take its own state")
         vehicle.pipeline, vehicle.cells, vehicle.probes, vehicle.period_s = pipeline, cells, probes, period_s
@@ -340,24 +358,24 @@ class TelemetryService:
 
     # --- outcomes out ---
 
-    def _alerts(self, vehicle_id: str, vehicle: _Vehicle, outcomes: list[Outcome]) -> list[AlertOut]:
-        """Make events of the changes, kept until they are stored, and return them as the reply shows them."""
+    def _say(self, vehicle_id: str, vehicle: _Vehicle, outcomes: list[Outcome]) -> list[AlertOut]:
+        """Make events of what is said, kept until they are stored, and return the alerts as the reply shows them."""
         shown = []
-        manifest = self._bundle.manifest if self._bundle else None
-        for change in outcomes:
-            if not isinstance(change, AlertChange):
-                continue
-            alert_id, event_id, alert = alert_message(change, vehicle_id=vehicle_id, manifest=manifest)
-            when = iso(change.time_s)
-            if len(vehicle.pending) < MAX_PENDING_ALERTS:
-                topic = topics.alert(vehicle_id, alert.failure_type)
-                vehicle.pending.append(ServerEvent(event_id, topic, _builder(vehicle_id, event_id, when, alert)))
+        said = [r for o in outcomes for r in reports(o, vehicle_id=vehicle_id, bundle=self._bundle)]
+        waiting = Counter(topics.parse(event.topic).kind for event in vehicle.pending)
+        for report in said:
+            if waiting[report.stream] < MAX_PENDING[report.stream]:
+                waiting[report.stream] += 1
+                vehicle.pending.append(ServerEvent(report.event_id, report.topic, _builder(vehicle_id, report)))
             else:
-                self.counters["alerts_shed"] += 1
+                self.counters[f"{report.stream}s_shed"] += 1
+            alert = report.data
+            if not isinstance(alert, messages.Alert):
+                continue
             shown.append(
                 AlertOut(
-                    alert_id=alert_id, transition=alert.transition, failure_type=alert.failure_type,
-                    severity=alert.severity, origin=alert.origin, rule=alert.rule, since=alert.since, time=when,
+                    alert_id=alert.alert_id, transition=alert.transition, failure_type=alert.failure_type,
+                    severity=alert.severity, origin=alert.origin, rule=alert.rule, since=alert.since, time=report.time,
                     model_release=alert.model_release,
                     evidence=[
                         EvidenceOut(name=e.name, value=e.value, deviation=e.deviation, unit=e.unit)
@@ -436,11 +454,11 @@ class TelemetryService:
         return notes
 
 
-def _builder(vehicle_id: str, event_id: str, when: str, alert: messages.Alert) -> Callable[[str, int], messages.Event]:
+def _builder(vehicle_id: str, report: Report) -> Callable[[str, int], messages.Event]:
     def build(stream_id: str, seq: int) -> messages.Event:
         return messages.event(
-            alert, event_id=event_id, vehicle_id=vehicle_id, time=when, stream_id=stream_id, seq=seq, boot_id=BOOT_ID,
-            clock_trusted=True, subject=alert.failure_type,
+            report.data, event_id=report.event_id, vehicle_id=vehicle_id, time=report.time, stream_id=stream_id,
+            seq=seq, boot_id=BOOT_ID, clock_trusted=True, subject=report.subject,
         )  # fmt: skip
 
     return build
