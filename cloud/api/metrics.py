@@ -28,6 +28,9 @@ from cloud.api.endpoint import WRONG, Running, only_known_parameters
 from cloud.api.http_metrics import histogram
 from cloud.api.service import Service
 from cloud.api.shown import HTTP_SILENCE_S
+from cloud.drift import due
+from cloud.drift.due import Due
+from cloud.drift.watch import Last
 from cloud.store.figures import JUDGED, Figures, figures
 from cloud.store.fleet_store import StoreAwayError
 
@@ -63,10 +66,11 @@ class Agents:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The store's figures, when they were asked for (monotonic seconds), and how long it took."""
+    """The store's figures, whether training is due; when they were asked for (monotonic), and how long it took."""
 
     figures: Figures
     agents: Agents
+    due: Due
     began_s: float
     took_s: float
 
@@ -94,7 +98,8 @@ class Metrics:
         found.append(_gauge("store_figures_duration_seconds", "How long the store's figures took.", known.took_s))
         age_s = time.monotonic() - known.began_s
         found.append(_gauge("store_figures_age_seconds", "How old the store's figures are.", age_s))
-        return [*found, *_fleet(known.figures), *_quality(known.figures), *_loop(known.figures), *_agents(known.agents)]
+        found += [*_fleet(known.figures), *_quality(known.figures), *_drift(known.figures, running.drift.last)]
+        return [*found, *_samples(known.figures), *_training(known.figures, known.due), *_agents(known.agents)]
 
     async def _store(self, running: Service) -> "Asked | None":
         """Return the figures, or None where the store gives none within the time.
@@ -128,16 +133,19 @@ async def _ask(running: Service) -> Asked | None:
     if not running.store_ready:
         return None
     began_s = time.monotonic()
+    bundle = running.bundle
+    champion = None if bundle is None else due.champion_of(bundle.manifest, bundle.thresholds)
     try:
         async with running.store.reading() as connection:
             found = await figures(
                 connection, now_s=running.wall(), http_silence_s=HTTP_SILENCE_S, most_drifted=MAX_DRIFTED
             )
+            training = await due.evaluate(connection, champion, running.limits.retraining, running.wall())
     except StoreAwayError as error:
         log.debug("metrics: %s", error)
         return None
     agents = await asyncio.to_thread(summed, found.statuses)
-    return Asked(found, agents, began_s, time.monotonic() - began_s)
+    return Asked(found, agents, training, began_s, time.monotonic() - began_s)
 
 
 def summed(statuses: Iterable[str]) -> Agents:
@@ -262,25 +270,57 @@ def _quality(known: Figures) -> Iterator[Metric]:
     yield _gauges("alert_precision_ratio", "Share of labelled alerts that were right as told.", names, ratio)
 
 
-def _loop(known: Figures) -> Iterator[Metric]:
-    """Drift, samples, training."""
+def _drift(known: Figures, last: tuple[Last, ...]) -> Iterator[Metric]:
+    """How far the fleet stands from its reference: by this process's newest look, or by the alerts that are open."""
     alerts = {(s, k): 0 for s in ("fleet", "make", "vehicle") for k in ("signal", "feature", "score")}
     words = "Drift alerts that are not cleared."
     yield _gauges("drift_alerts_open", words, ("scope", "kind"), alerts | known.drift_alerts)
+    found = {
+        (judged.variable, judged.kind, judged.stratum, str(look.known.model_release)):
+        (judged.distances.psi, judged.threshold)
+        for look in last for judged in look.fleet
+        if judged.distances is not None and judged.threshold is not None and judged.verdict != "too_few"
+    } or {
+        (row["variable"], row["kind"], row["stratum"], str(row["model_release"])): (row["value"], row["threshold"])
+        for row in known.fleet_drift
+    }  # fmt: skip
+    farthest = sorted(found, key=lambda key: (-found[key][0] / found[key][1], key))[:MAX_DRIFTED]
     names = ("variable", "kind", "stratum", "release")
-    rows = [
-        ((row["variable"], row["kind"], row["stratum"], str(row["model_release"])), row) for row in known.fleet_drift
-    ]
-    words = f"Stability index of the fleet's variables that drift; at most {MAX_DRIFTED}, the farthest."
-    yield _gauges("drift_psi", words, names, {key: row["value"] for key, row in rows})
-    yield _gauges("drift_psi_limit", "From where it is drift.", names, {key: row["threshold"] for key, row in rows})
+    words = f"Stability index of the fleet's variables against their reference; the {MAX_DRIFTED} farthest."
+    yield _gauges("drift_psi", words, names, {key: found[key][0] for key in farthest})
+    yield _gauges("drift_psi_limit", "From where it is drift.", names, {key: found[key][1] for key in farthest})
+    if last:
+        newest = max(look.at_s for look in last)
+        yield _gauge("drift_look_timestamp_seconds", "When this process last looked for drift.", newest)
+
+
+def _samples(known: Figures) -> Iterator[Metric]:
     states = {"waiting": (0, 0), "whole": (0, 0), "lake": (0, 0), "broken": (0, 0)} | known.samples
     words = "Raw windows by state: waiting (for parts), whole, lake, broken."
     yield _gauges("samples", words, ("state",), {(state,): n for state, (n, _) in states.items()})
     words = "Size of the raw windows by state, as packed by the vehicles."
     yield _gauges("samples_bytes", words, ("state",), {(state,): size for state, (_, size) in states.items()})
+
+
+def _training(known: Figures, training: Due) -> Iterator[Metric]:
     if known.trained_at_s is not None:
         yield _gauge("training_newest_timestamp_seconds", "End of the newest training run.", known.trained_at_s)
+    yield _gauge("retraining_due", "Whether any trigger of a training run is due.", training.is_due)
+    triggers = training.triggers
+    words = "Whether this trigger of a training run is due."
+    yield _gauges("retraining_trigger_due", words, ("trigger",), {(t.name,): t.due for t in triggers})
+    words = "Where a trigger stands; absent where that cannot be known."
+    values = {(t.name,): t.value for t in triggers if t.value is not None}
+    yield _gauges("retraining_trigger_value", words, ("trigger",), values)
+    yield _gauges(
+        "retraining_trigger_limit", "Where it is due.", ("trigger",), {(t.name,): t.threshold for t in triggers}
+    )
+    told = training.performance
+    words = "Share of the serving release's judged alerts that were right; compare with the stated one."
+    if told.observed is not None:
+        yield _gauge("release_observed_precision_ratio", words, told.observed)
+    if told.stated is not None:
+        yield _gauge("release_stated_precision_ratio", "What the serving release states of itself.", told.stated)
 
 
 def _agents(agents: Agents) -> Iterator[Metric]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from cloud.api import create_app, metrics
 from cloud.api.settings import Settings
 from cloud.collector import ingest
+from cloud.drift.decide import Judged
+from cloud.drift.merge import Size
+from cloud.drift.statistics import Distances
+from cloud.drift.watch import Last
 from cloud.store import tables
+from cloud.store.drift_rows import Known
+from cloud.store.figures import Figures
 from cloud.store.fleet_store import FleetStore
 from cloud.store.items import Item, RefusedItem
 from edge_agent.contract import messages, topics
@@ -28,6 +36,7 @@ from tests.databases import database_url, postgres_uri
 
 __all__ = ["database_url", "postgres_uri"]
 pytestmark = pytest.mark.anyio
+ROOT = Path(__file__).resolve().parents[2]
 TYPE = "inverter_overheating"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -131,6 +140,11 @@ async def test_the_fleets_figures_are_what_the_store_holds(database_url: str, tm
     assert value(found, "drift_psi", **drifted) == 0.4
     assert value(found, "drift_psi_limit", **drifted) == 0.25
     assert value(found, "training_newest_timestamp_seconds") == pytest.approx(now - 5)
+    assert value(found, "retraining_due") == 0
+    assert value(found, "retraining_trigger_value", trigger="drift_alerts") == 1
+    assert value(found, "retraining_trigger_limit", trigger="drift_alerts") == 3
+    assert value(found, "retraining_trigger_due", trigger="age_days") == 0
+    assert value(found, "retraining_trigger_value", trigger="performance_drop") is None  # no release is loaded
 
 
 async def _more_rows(connection: Any, now: float) -> None:
@@ -271,3 +285,38 @@ def test_what_the_fleet_uses_is_kept_before_what_one_vehicle_uses() -> None:
     assert metrics.popular({"a": 5, "b": 1, "c": 2, "other": 1}, {"a": 1, "b": 9, "c": 9, "other": 1}, 2) == {
         "b": 1, "c": 2, "other": 6
     }  # fmt: skip
+
+
+def test_the_newest_look_at_the_fleet_is_shown_and_bounded() -> None:
+    known = Known("0" * 64, 3, "model", 0.0, b"")
+    fleet = tuple(
+        Judged(
+            f"v{n}", "feature", "driving", "drift" if n > 100 else "ok", "", Distances(n / 100, 0.1, 0.1), 0.5,
+            "config", Size(900, 5, 5.0, 180.0), 900,
+        )
+        for n in range(150)
+    )  # fmt: skip
+    few = replace(fleet[149], variable="few", verdict="too_few", threshold=None)
+    families = {family.name: family for family in metrics._drift(_nothing(), (Last(9.0, known, (*fleet, few)),))}
+    shown = {sample.labels["variable"]: sample.value for sample in families["voltwatch_drift_psi"].samples}
+    assert list(shown) == [f"v{n}" for n in range(149, 49, -1)]
+    assert shown["v60"] == 0.6  # also what is below its limit
+    assert families["voltwatch_drift_look_timestamp_seconds"].samples[0].value == 9.0
+
+
+def _nothing() -> Figures:
+    return Figures(
+        newest_ingest_id=0, vehicles={}, newest_seen_at_s=None, open_alerts={}, work={}, judged={}, refused={},
+        parked=0, losses=(0, 0), drift_alerts={}, fleet_drift=[], samples={}, trained_at_s=None, statuses=[],
+    )  # fmt: skip
+
+
+async def test_every_metric_that_the_alert_rules_name_is_on_the_page(tmp_path: Path) -> None:
+    rules = (ROOT / "deploy" / "prometheus" / "voltwatch.rules.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"voltwatch_[a-z_]+", "\n".join(re.findall(r"expr: (.*)", rules))))
+    async with serving(f"sqlite:///{tmp_path}/v.db", tmp_path, broker="127.0.0.1:9") as (client, app):
+        refused = RefusedItem("malformed", "t", "d", b"x")
+        await app.state.service.store.commit([alert(1), refused], received_at_s=app.state.service.wall())
+        on_page = {name for name, _ in await scraped(client)}
+    assert len(named) >= 8
+    assert named <= on_page
