@@ -6,7 +6,8 @@ same however many windows it sent: near-duplicates around one alert are one witn
 
 Parts: "base" is the base dataset's test vehicles as recorded; "lake" the held-out vehicles' sampled windows that a
 person's verdict reaches; "all" both. On sampled windows, chosen around alerts, k-of-n and rates a month mean nothing:
-there an *occasion* (windows of a vehicle within half an hour of each other) is raised when one window is over.
+there an *occasion* (windows of a vehicle within half an hour of each other) is raised when as many of its windows are
+over as the decision asks for, or all where it has fewer.
 
 Pure but for the scoring, which is handed in. What cannot be computed is NaN.
 """
@@ -80,6 +81,7 @@ class Figure:
     challenger: float
     difference: Interval
     doubt: float
+    exposure: float = NAN  # of a rate: what it is counted over
 
     @property
     def gain(self) -> float:
@@ -139,12 +141,12 @@ def paired(metric: Paired, draws: npt.NDArray[np.int64], better: str) -> tuple[f
 
 def _figure(
     name: str, part: Part, better: Literal["higher", "lower"], unit: str, vehicles: int, metric: Paired,
-    draws: npt.NDArray[np.int64],
+    draws: npt.NDArray[np.int64], exposure: float = NAN,
 ) -> Figure | None:  # fmt: skip
     champion, challenger, difference, doubt = paired(metric, draws, better)
     if math.isnan(champion) and math.isnan(challenger):
         return None
-    return Figure(name, part, better, unit, vehicles, champion, challenger, difference, doubt)
+    return Figure(name, part, better, unit, vehicles, champion, challenger, difference, doubt, exposure)
 
 
 def _ranking(
@@ -257,7 +259,7 @@ def _found_sampled(
         name = ANOMALY if ANOMALY in heads else kind
         vehicle = place[str(windows.vehicle[rows[0]])]
         total[vehicle] += 1
-        found[vehicle] += name in heads and bool((heads[name][0][rows] >= heads[name][1].raise_at).any())
+        found[vehicle] += name in heads and is_raised(heads[name], rows, contestant.thresholds.decision.k)
 
 
 def occasions(windows: Windows, chosen: BoolArray) -> list[npt.NDArray[np.intp]]:
@@ -273,6 +275,12 @@ def occasions(windows: Windows, chosen: BoolArray) -> list[npt.NDArray[np.intp]]
         | (np.diff(windows.end_s[rows]) > OCCASION_S)
     )
     return list(np.split(rows, np.flatnonzero(another) + 1))
+
+
+def is_raised(head: tuple[FloatArray, TypeThreshold], rows: npt.NDArray[np.intp], enough: int) -> bool:
+    """Whether an occasion's windows `rows` would raise an alert of this head."""
+    value, limit = head
+    return int((value[rows] >= limit.raise_at).sum()) >= min(enough, len(rows))
 
 
 def _false_alarms(frozen: Frozen, both: tuple[Contestant, Contestant], draws: npt.NDArray[np.int64]) -> Figure | None:
@@ -303,7 +311,8 @@ def _occasions(frozen: Frozen, both: tuple[Contestant, Contestant], draws: npt.N
         vehicle = place[str(windows.vehicle[rows[0]])]
         total[vehicle] += 1
         for k, of_contestant in enumerate(heads):
-            wrong[k, vehicle] += any((value[rows] >= limit.raise_at).any() for _, value, limit in of_contestant)
+            enough = both[k].thresholds.decision.k
+            wrong[k, vehicle] += any(is_raised((value, limit), rows, enough) for _, value, limit in of_contestant)
     return _rate("false_alarms", "lake", "per healthy occasion", wrong, total, draws)
 
 
@@ -317,7 +326,7 @@ def _rate(
         over = float(weight @ exposure)
         return (float(weight @ count[0]) / over, float(weight @ count[1]) / over) if over > 0 else (NAN, NAN)
 
-    return _figure(name, part, "lower", unit, int((exposure > 0).sum()), metric, draws)
+    return _figure(name, part, "lower", unit, int((exposure > 0).sum()), metric, draws, float(exposure.sum()))
 
 
 def _severity(frozen: Frozen, both: tuple[Contestant, Contestant], draws: npt.NDArray[np.int64]) -> Figure | None:

@@ -13,12 +13,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cloud.drift import due
+from cloud.drift.limits import Retraining
 from cloud.store.connect import DEFAULT_URL, async_url
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from cloud.store.training_rows import TrainingRun, add_training_run
 from cloud.training.commands import ConfigOption, SchemaOption, progress_bar
 from cloud.training.config import DEFAULT_CONFIG, load_catalogue, load_config
 from edge_agent.contract.errors import UnavailableError
+from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 
 ATTEMPTS = 3
 PAUSE_S = 5.0  # a migration or a restart of the database takes about so long
@@ -40,15 +43,19 @@ def retrain(
     output: Annotated[Path, typer.Option("--output", help="Where dataset, challenger and report go.")] = Path(
         "retraining"
     ),
-    champion_release: Annotated[
-        int | None, typer.Option("--champion-release", help="Release number of the champion, for the record.")
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="The champion's bundle: says which release it is, and how old.")
     ] = None,
+    if_due: Annotated[bool, typer.Option("--if-due", help="Only where a trigger of the server's is due.")] = False,
     schema: SchemaOption = None,
 ) -> None:
     """Train a challenger from the lake's samples and operators' verdicts; say whether it beats the champion."""
     settings = load_config(config)
     catalogue = load_catalogue(settings, config, schema)
+    release = None if bundle is None else load_bundle(bundle, catalogue)
     _require_store(database)
+    if if_due and not _is_due(database, release, settings.retraining):
+        return
     from cloud.training.retrain import Places
     from cloud.training.retrain import retrain as run
     from cloud.training.retraining_report import next_steps, sources, table, write_report
@@ -63,6 +70,7 @@ def retrain(
             catalogue=catalogue,
             on_step=lambda what, share: progress.update(bar, description=what, completed=round(100 * share)),
         )
+    champion_release = None if release is None else release.manifest.release
     result.report["champion"]["release"] = champion_release
     page = write_report(result.report, result.figures, output)
     console = Console()
@@ -89,6 +97,27 @@ def retrain(
         asyncio.run(record(database, row))
     except StoreAwayError as error:
         raise UnavailableError(f"{error}; the run is not recorded there, its report stays: {page}") from error
+
+
+def _is_due(url: str, release: LoadedBundle | None, limits: Retraining) -> bool:
+    """Ask the same triggers as the server's, and say what they say."""
+    champion = None if release is None else due.champion_of(release.manifest, release.thresholds)
+
+    async def ask() -> due.Due:
+        store = FleetStore.over(url)
+        try:
+            await store.prepare()
+            async with store.reading() as connection:
+                return await due.evaluate(connection, champion, limits, time.time())
+        finally:
+            await store.close()
+
+    found = asyncio.run(ask())
+    for trigger in found.triggers:
+        typer.echo(f"{'due    ' if trigger.due else 'not due'} {trigger.name}: {trigger.why}")
+    if not found.is_due:
+        typer.echo("nothing is due: no retraining")
+    return found.is_due
 
 
 def _require_store(url: str) -> None:
