@@ -41,8 +41,8 @@ class SamplingLimits:
     windows_after   likewise
     """
 
-    bytes_a_day: int = 131_072  # one alert is 4 windows of some 13 kB; it leaves room for a second one
-    random_share: float = 0.005  # a drive of 1.5 h is 90 windows: one sample every other day
+    bytes_a_day: int = 131_072  # an alert is 4 windows of 10 to 19 kB as messages: room for one that escalates
+    random_share: float = 0.005  # a drive of 1.5 h is 82 windows: two samples in five days, some 7 kB a day
     windows_before: int = 2
     windows_after: int = 1
 

@@ -1,5 +1,8 @@
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +11,14 @@ from hypothesis import strategies as st
 
 from edge_agent.contract import messages
 from edge_agent.contract.arrivals import ArrivalBlock
+from edge_agent.contract.samples import unpack
 from edge_agent.contract.topics import ANOMALY
 from edge_agent.pipeline.alerts import alert_message
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.chain import Pipeline
-from edge_agent.pipeline.outcomes import AlertChange, Counted, NoScore, Outcome, Sampled, Scored
+from edge_agent.pipeline.inference import Scorer
+from edge_agent.pipeline.outcomes import AlertChange, Counted, NoScore, Outcome, Sampled, Scored, Scores, Window
+from edge_agent.pipeline.sampling import SamplingLimits
 from tests.bundles import build_bundle
 from tests.telemetry import CATALOGUE, PUMP, column, cut, quiet
 
@@ -25,8 +31,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> LoadedBundle:
     return load_bundle(build_bundle(tmp_path_factory.mktemp("bundle"), CATALOGUE), CATALOGUE)
 
 
-def pipeline(bundle: LoadedBundle | None, **more: object) -> Pipeline:
-    return Pipeline(CATALOGUE, vehicle_id="EV_1", cells=8, probes=4, bundle=bundle, **more)  # type: ignore[arg-type]
+def pipeline(bundle: LoadedBundle | None, **more: Any) -> Pipeline:
+    """One whose counts leave every ten minutes and that samples a fifth of the windows: else a test sees too few."""
+    more = {"publish_s": 600.0, "sampling": SamplingLimits(10**8, 0.2), **more}
+    return Pipeline(CATALOGUE, vehicle_id="EV_1", cells=8, probes=4, bundle=bundle, **more)
 
 
 def run(target: Pipeline, blocks: list[ArrivalBlock]) -> list[Outcome]:
@@ -216,3 +224,92 @@ def test_whatever_arrives_every_message_can_be_encoded(bundle: LoadedBundle, see
             _, _, alert = alert_message(outcome, vehicle_id="EV_1", manifest=bundle.manifest)
             assert messages.encode(alert)
     assert sum(target.no_score_reasons.values()) + target.counters["windows_scored"] == 11
+
+
+def counts(outcomes: list[Outcome]) -> list[Counted]:
+    return [o for o in outcomes if isinstance(o, Counted)]
+
+
+def samples(outcomes: list[Outcome]) -> list[Sampled]:
+    return [o for o in outcomes if isinstance(o, Sampled)]
+
+
+def test_counts_leave_by_the_hour_of_the_source_and_at_its_end_and_add_up_to_the_scored_windows(
+    bundle: LoadedBundle,
+) -> None:
+    target = pipeline(bundle, publish_s=600.0)
+    outcomes = run(target, [eventful()])
+    found = counts(outcomes)
+    assert [(c.first_s - 1.6e9, c.last_s - 1.6e9, c.windows) for c in found] == [
+        (299.0, 839.0, 10), (899.0, 1439.0, 10), (1499.0, 2039.0, 10), (2099.0, 2399.0, 6),
+    ]  # fmt: skip
+    assert target.counters["drift_messages"] == 4
+    assert target.counters["drift_windows"] == target.counters["windows_scored"] == 36
+    for c in found:
+        assert all(sum(v.counts) in (c.windows, 60 * c.windows) for v in c.variables)
+
+
+def test_a_sample_lets_the_very_features_be_computed_again(bundle: LoadedBundle) -> None:
+    outcomes = run(pipeline(bundle), [eventful()])
+    scored = {o.window.end_s: o for o in outcomes if isinstance(o, Scored)}
+    scorer = Scorer(bundle, CATALOGUE)
+    chosen = samples(outcomes)
+    assert {s.reason for s in chosen} == {"alert", "random"}
+    for sample in chosen:
+        raw = unpack(sample.packed)
+        window = Window(
+            sample.end_s, raw.values, raw.cell_voltage, raw.cell_temperature, sample.elapsed_s, sample.coverage
+        )
+        again, _ = scorer.score(window, raw.state)
+        assert isinstance(again, Scores)
+        np.testing.assert_allclose(again.features, scored[sample.end_s].scores.features, rtol=1e-6)
+        assert sample.stratum == scored[sample.end_s].stratum
+
+
+def test_samples_stand_around_the_models_and_the_guards_alerts(bundle: LoadedBundle) -> None:
+    chosen = samples(run(pipeline(bundle, sampling=SamplingLimits(10**8, 0.0)), [eventful()]))
+    # the guard's alert at 701 s, in the window that ends at 719 s; the model's at 839 s, so soon after it that only its
+    # own window is new; 1139 s is the first that does not overlap that
+    assert [(s.failure_type, s.end_s - 1.6e9) for s in chosen] == [
+        ("inverter_overheating", 719.0), ("inverter_overheating", 299.0), (FIRST_TYPE, 839.0), (FIRST_TYPE, 1139.0),
+    ]  # fmt: skip
+
+
+def test_a_silence_lets_counts_leave_that_the_next_arrival_would_have_brought(bundle: LoadedBundle) -> None:
+    block = eventful(1200)
+    later = quiet(1.6e9 + 20_000 + np.arange(400))
+    told = pipeline(bundle, horizon_s=0.0)
+    before = told.push(block)
+    newest_s = float(block.time_s[-1])
+    assert told.idle(newest_s + 100.0) == [], "no gap yet: the window may still grow"
+    left = told.idle(newest_s + 700.0)
+    assert counts(left)
+    assert told.idle(newest_s + 900.0) == []
+    silent = pipeline(bundle, horizon_s=0.0)
+    assert sorted(brief(before + left + run(told, [later])), key=repr) == sorted(
+        brief(run(silent, [block, later])), key=repr
+    )
+
+
+def test_counts_against_other_bins_are_not_taken_from_a_snapshot(bundle: LoadedBundle, tmp_path: Path) -> None:
+    first = pipeline(bundle)
+    first.push(eventful(700))
+    build_bundle(tmp_path / "new", CATALOGUE, release=2)
+    reference = tmp_path / "new" / "drift_reference.json"
+    data = reference.read_bytes().replace(b"10.0", b"11.0")
+    reference.write_bytes(data)
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_bytes())
+    manifest["files"]["drift_reference.json"] = {"length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest))
+    second = pipeline(load_bundle(tmp_path / "new", CATALOGUE))
+    assert second.restore(first.snapshot())
+    assert second.counters["drift_windows_refused"] == first.open_counts[0].windows > 0
+    assert second.open_counts == ()
+
+
+def test_without_a_bundle_a_guards_alert_still_brings_its_window() -> None:
+    chosen = samples(run(pipeline(None), [eventful()]))
+    assert {(s.failure_type, s.reason, s.model_release, s.state_id) for s in chosen} == {
+        ("inverter_overheating", "alert", None, "")
+    }
+    assert 719.0 in {s.end_s - 1.6e9 for s in chosen}
