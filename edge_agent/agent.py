@@ -216,6 +216,7 @@ class Agent:
         for topic in self.outbox.retained():  # what no state stands behind any more is over
             failure_type = topic.rsplit("/", 1)[-1]
             self.outbox.set_retained(topic, retained_current(self.reporter.active, failure_type))
+        self._save()  # from now on a kill is known by a state that no orderly end wrote
 
     def _settle_counts(self, saved: health.SavedState, shift_s: float) -> None:
         """After a kill: end a span that the outbox has already, so that none of its windows is counted twice.
