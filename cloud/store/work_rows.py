@@ -119,8 +119,10 @@ async def actions(connection: AsyncConnection, vehicle_id: str, alert_id: str, *
 
 async def labels(
     connection: AsyncConnection, wanted: LabelFilter, *, after: int | None, limit: int
-) -> list[tuple[Row, Action]]:
+) -> list[tuple[Row, Action | None]]:
     """Return up to `limit` labels in the order in which their alerts came, each with the action that gave it.
+
+    None for the action: somebody wrote the work at the database, past the log.
 
     A row has the alert's columns `ingest_id`, `vehicle_id`, `alert_id`, `failure_type`, `severity`, `origin`, `rule`,
     `state`, `since`, `cleared_time`, `model_release`, `model_name`, and of the work `verdict`, `label_failure_type` and
@@ -152,7 +154,7 @@ async def labels(
         query = query.where(alert_work.updated_at_s >= wanted.since_s)
     rows = [dict(row) for row in (await connection.execute(query)).mappings()]
     gave = await _labelled(connection, [(row["vehicle_id"], row["alert_id"]) for row in rows])
-    return [(row, gave[row["vehicle_id"], row["alert_id"]]) for row in rows]
+    return [(row, gave.get((row["vehicle_id"], row["alert_id"]))) for row in rows]
 
 
 async def _labelled(connection: AsyncConnection, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Action]:

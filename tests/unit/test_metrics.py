@@ -48,7 +48,8 @@ def anyio_backend() -> str:
 
 @contextlib.asynccontextmanager
 async def serving(url: str, tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(database_url=url, lake=str(tmp_path / "lake"), **changes))
+    # nothing here asks for advice, and a server without the sentence model starts at once
+    app = create_app(Settings(database_url=url, lake=str(tmp_path / "lake"), embedding=Path("none"), **changes))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://cloud") as client:
@@ -320,3 +321,14 @@ async def test_every_metric_that_the_alert_rules_name_is_on_the_page(tmp_path: P
         on_page = {name for name, _ in await scraped(client)}
     assert len(named) >= 8
     assert named <= on_page
+
+
+async def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {f"voltwatch_{name}" for cell in table for name in re.findall(r"`([a-z_]+)(?:\{[^}]*\})?`", cell)}
+    code = (ROOT / "cloud" / "api" / "metrics.py").read_text(encoding="utf-8")
+    made = {f"voltwatch_{name}" for name in re.findall(r'_(?:gauge|gauges)\(\s*"([a-z_]+)"', code)}
+    made |= {f"voltwatch_{name}_total" for name in re.findall(r'_(?:counter|counters)\(\s*"([a-z_]+)"', code)}
+    made |= {"voltwatch_build_info", "voltwatch_bundle_info", "voltwatch_http_request_duration_seconds"}
+    assert named == made

@@ -268,8 +268,10 @@ def _endpoint(
             action=name, actor=said["by"], reason=said["reason"], failure_type=said.get("failure_type"),
             severity=said.get("severity"), at_s=running.wall(),
         )  # fmt: skip
+        async with running.store.reading() as connection:  # a search by id alone holds up no writer
+            of = (await one_alert(connection, alert_id, vehicle_id))["vehicle_id"]
         async with running.store.writing() as connection:
-            target = await one_alert(connection, alert_id, vehicle_id, lock=True)
+            target = await one_alert(connection, alert_id, of, lock=True)
             done = await work_rows.act(connection, target, action, revises=said.get("revises"))
         if isinstance(done, Refused):
             raise ProblemError(409, f"alert {alert_id} {done.why}")

@@ -33,10 +33,10 @@ class Label(models.Answer):
     model_release: int | None
     model_name: str
     work: Literal["acknowledged", "confirmed", "false_alarm", "resolved"]
-    by: str
-    reason: str
+    by: str | None = Field(description="Who gave the verdict; null where the log does not have it.")
+    reason: str | None
     given: str = Field(description="When the verdict was given; server time.")
-    action_id: int
+    action_id: int | None
     ingest_id: int = Field(description="Of the alert: the order that this list is in.")
 
 
@@ -78,7 +78,7 @@ async def labels(
     )
 
 
-def _label(row: Row, gave: Action) -> Label:
+def _label(row: Row, gave: Action | None) -> Label:
     return Label(
         **{name: row[name] for name in (
             "vehicle_id", "alert_id", "verdict", "origin", "rule", "since", "model_release", "model_name", "ingest_id",
@@ -86,5 +86,6 @@ def _label(row: Row, gave: Action) -> Label:
         failure_type=row["label_failure_type"] or row["failure_type"],
         severity=row["label_severity"] or row["severity"],
         alert_failure_type=row["failure_type"], alert_severity=row["severity"], cleared=row["cleared_time"],
-        work=row["work_state"], by=gave.actor, reason=gave.reason, given=iso(gave.at_s), action_id=gave.action_id,
+        work=row["work_state"], by=gave.actor if gave else None, reason=gave.reason if gave else None,
+        given=iso(gave.at_s if gave else row["updated_at_s"]), action_id=gave.action_id if gave else None,
     )  # fmt: skip

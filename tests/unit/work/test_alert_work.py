@@ -28,6 +28,7 @@ pytestmark = pytest.mark.anyio
 NOW = 1_772_000_000.0
 TYPE = "inverter_overheating"
 PROBLEM = "application/problem+json"
+NO_MODEL = Path("none")  # nothing here asks for advice, and a server without the sentence model starts at once
 REASON = "coolant pump found dead"
 
 
@@ -38,7 +39,7 @@ def anyio_backend() -> str:
 
 @contextlib.asynccontextmanager
 async def serving(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(database_url=url))
+    app = create_app(Settings(database_url=url, embedding=NO_MODEL))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://cloud") as client:
@@ -319,6 +320,20 @@ async def test_every_label_is_listed_once_as_it_stands_with_who_gave_it(database
         assert (await client.get("/v1/labels", params={"changed_since": "2999-01-01T00:00:00Z"})).json()["labels"] == []
 
 
+async def test_a_label_written_past_the_log_is_listed_without_a_name(
+    client: httpx.AsyncClient, database_url: str
+) -> None:
+    store = FleetStore.over(database_url)
+    async with store.writing() as connection:
+        await connection.execute(sa.insert(tables.alert_work).values(
+            vehicle_id="EV_1", alert_id="a1", state="confirmed", verdict="confirmed", updated_at_s=NOW
+        ))  # fmt: skip
+    await store.close()
+    (label,) = (await client.get("/v1/labels")).json()["labels"]
+    assert (label["by"], label["given"], label["verdict"]) == (None, "2026-02-25T06:13:20.000Z", "confirmed")
+    assert (await act(client, "false-alarm")).json()["work"]["verdict"] == "false_alarm"
+
+
 async def test_one_vehicle_is_shown_with_its_alerts(client: httpx.AsyncClient) -> None:
     await act(client, "confirm")
     seen = (await client.get("/v1/vehicles/EV_1")).json()
@@ -401,7 +416,7 @@ async def test_what_stands_beside_the_log_is_the_logs_fold(client: httpx.AsyncCl
 
 def test_a_store_that_is_away_asks_to_come_back_and_the_action_counts_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/v.db"
-    with TestClient(create_app(Settings(database_url=url))) as client:
+    with TestClient(create_app(Settings(database_url=url, embedding=NO_MODEL))) as client:
         service = client.app.state.service  # type: ignore[attr-defined]
         client.portal.call(lambda: service.store.commit([told()], received_at_s=NOW))  # type: ignore[union-attr]
         client.portal.call(service.store.close)  # type: ignore[union-attr]
