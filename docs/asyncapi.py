@@ -17,6 +17,14 @@ VEHICLE = {
     "examples": ["EV_001"],
 }
 FAILURE = {"description": "Failure type.", "enum": list(topics.ALERT_TYPES)}
+DRIFT = (
+    "Counts against the bundle's bins, mergeable by adding: one message a span of time and stratum. The spans of a vehicle "
+    "do not overlap; each ends after an hour of the source's time, or when the agent ends."
+)
+SAMPLE = (
+    "Raw windows for training, around alerts and a small random share, each in one part or several: the payloads of all "
+    "parts, joined, have the sample's sha256 and are what samples.unpack reads."
+)
 
 # name → (address after the vehicle, retained, who sends, summary, message schema names)
 CHANNELS: dict[str, tuple[str, bool, str, str, tuple[str, ...]]] = {
@@ -25,7 +33,8 @@ CHANNELS: dict[str, tuple[str, bool, str, str, tuple[str, ...]]] = {
                 ("Current",)),
     "notice": ("notice", False, "vehicle", "Loss records and replay summaries, in the alert stream.",
                ("Loss", "ReplaySummary")),
-    "drift": ("drift", False, "vehicle", "Counts against the bundle's bins, mergeable by adding.", ("DriftCounts",)),
+    "drift": ("drift", False, "vehicle", DRIFT, ("DriftCounts",)),
+    "sample": ("sample", False, "vehicle", SAMPLE, ("Sample",)),
     "status": ("status", True, "vehicle", "What the agent says of itself; last will: offline.", ("Status",)),
     "ack": ("ack", False, "collector", "What is committed in the collector's store: the agent deletes exactly that.",
             ("Ack",)),
@@ -63,7 +72,7 @@ def document() -> dict[str, Any]:
                 "MQTT 5 (3.1.1 works), QoS 1. Events are kept by the vehicle until the collector's ack lists their "
                 "number: a PUBACK is not delivery. A receiver stores (vehicle, streamid, seq) once and acknowledges "
                 "repeats again. Unknown fields of a newer minor version are kept; a newer major version is parked. A "
-                f"message has at most {messages.MAX_MESSAGE_BYTES} bytes. Reserved: sample, model/desired, model/state."
+                f"message has at most {messages.MAX_MESSAGE_BYTES} bytes. Reserved: model/desired, model/state."
             ),
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },

@@ -47,9 +47,9 @@ def test_every_topic_of_the_grammar_is_described_or_named_as_reserved(asyncapi: 
     addresses = [channel["address"] for channel in document["channels"].values()]
     for make in (topics.alert, topics.current):
         assert make("EV", "anomaly").replace("EV", "{vehicle_id}").replace("anomaly", "{failure_type}") in addresses
-    for make_one in (topics.notice, topics.drift, topics.status, topics.ack):
+    for make_one in (topics.notice, topics.drift, topics.sample, topics.status, topics.ack):
         assert make_one("EV").replace("EV", "{vehicle_id}") in addresses
-    assert "sample" in document["info"]["description"]
+    assert "model/desired" in document["info"]["description"]
 
 
 def test_captured_traffic_fits_the_document(asyncapi: ModuleType, recording: list[str], broker: Broker) -> None:
@@ -62,7 +62,7 @@ def test_captured_traffic_fits_the_document(asyncapi: ModuleType, recording: lis
     wait_for(lambda: acks)
     kinds = {check(asyncapi, topic, payload) for topic, payload, _ in collector.received if payload}
     kinds |= {check(asyncapi, topics.ack("EV_8"), ack) for ack in acks}
-    assert kinds == {"alert", "notice", "ack"}
+    assert kinds == {"alert", "notice", "drift", "sample", "ack"}
     collector.close()
 
 
@@ -72,6 +72,10 @@ def test_each_kind_of_message_fits_the_document_and_a_wrong_one_does_not(asyncap
         model_release=1, reference="r", first_time="a", last_time="b", windows=1,
         variables=(messages.DriftVariable(name="v", stratum="driving", counts=(1, 2)),),
     )  # fmt: skip
+    sample = messages.Sample(
+        sample_id="i", reason="random", part=1, parts=1, sha256="0" * 64, length=1,
+        end_time="2026-11-01T00:00:00.000Z", elapsed_s=60.0, coverage=1.0, stratum="all", payload=b"x",
+    )  # fmt: skip
     current = messages.Current(alert_id="a", failure_type="anomaly", severity="low", since="s", time="t")
     good = {
         topics.current("E", "anomaly"): messages.encode(current),
@@ -79,7 +83,7 @@ def test_each_kind_of_message_fits_the_document_and_a_wrong_one_does_not(asyncap
             messages.Status(state="online", counters={"frames": 1}, scores={"x": None})
         ),
     }
-    for topic, data in ((topics.notice("E"), loss), (topics.drift("E"), drift)):
+    for topic, data in ((topics.notice("E"), loss), (topics.drift("E"), drift), (topics.sample("E"), sample)):
         good[topic] = messages.encode(
             messages.event(data, event_id="e", vehicle_id="E", time="2026-11-01T00:00:00.000Z", stream_id="s", seq=1,
                            boot_id="b", clock_trusted=False)
