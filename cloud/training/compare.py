@@ -81,7 +81,7 @@ class Figure:
     challenger: float
     difference: Interval
     doubt: float
-    exposure: float = NAN  # of a rate: what it is counted over
+    worse_on: int = 0  # of a count: vehicles on which the challenger has more, less those on which it has fewer
 
     @property
     def gain(self) -> float:
@@ -141,12 +141,12 @@ def paired(metric: Paired, draws: npt.NDArray[np.int64], better: str) -> tuple[f
 
 def _figure(
     name: str, part: Part, better: Literal["higher", "lower"], unit: str, vehicles: int, metric: Paired,
-    draws: npt.NDArray[np.int64], exposure: float = NAN,
+    draws: npt.NDArray[np.int64], worse_on: int = 0,
 ) -> Figure | None:  # fmt: skip
     champion, challenger, difference, doubt = paired(metric, draws, better)
     if math.isnan(champion) and math.isnan(challenger):
         return None
-    return Figure(name, part, better, unit, vehicles, champion, challenger, difference, doubt, exposure)
+    return Figure(name, part, better, unit, vehicles, champion, challenger, difference, doubt, worse_on)
 
 
 def _ranking(
@@ -326,7 +326,8 @@ def _rate(
         over = float(weight @ exposure)
         return (float(weight @ count[0]) / over, float(weight @ count[1]) / over) if over > 0 else (NAN, NAN)
 
-    return _figure(name, part, "lower", unit, int((exposure > 0).sum()), metric, draws, float(exposure.sum()))
+    worse_on = int((count[1] > count[0]).sum() - (count[1] < count[0]).sum())
+    return _figure(name, part, "lower", unit, int((exposure > 0).sum()), metric, draws, worse_on)
 
 
 def _severity(frozen: Frozen, both: tuple[Contestant, Contestant], draws: npt.NDArray[np.int64]) -> Figure | None:

@@ -124,7 +124,7 @@ class Challenger(Section, frozen=True, kw_only=True):
     type_margin: Share = 0.1
     recall_margin: Share = 0.05
     severity_margin: Annotated[float, Meta(ge=0.0)] = 0.15  # levels
-    false_alarm_slack: Annotated[int, Meta(ge=0)] = 1  # episodes in the whole frozen set
+    false_alarm_slack: Annotated[int, Meta(ge=0)] = 1  # vehicles with more false alarms, less those with fewer
 
 
 class TrainingConfig(Section, frozen=True, kw_only=True):
