@@ -18,6 +18,7 @@ from cloud.api.app import create_app
 from cloud.api.service import usable_bundle
 from cloud.api.settings import DEFAULT_LAKE, Settings
 from cloud.collector.mqtt import parse_broker
+from cloud.collector.tls import tls_context
 from cloud.lake.lake import Lake
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import UnavailableError
@@ -32,6 +33,15 @@ def serve(
     broker: Annotated[
         str, typer.Option(envvar="VOLTWATCH_BROKER", help="MQTT broker to collect from, HOST:PORT.")
     ] = "127.0.0.1:1883",
+    broker_ca: Annotated[
+        Path | None, typer.Option(envvar="VOLTWATCH_BROKER_CA", help="Authority of the broker, PEM; turns TLS on.")
+    ] = None,
+    broker_certificate: Annotated[
+        Path | None, typer.Option(envvar="VOLTWATCH_BROKER_CERTIFICATE", help="The collector's certificate, PEM.")
+    ] = None,
+    broker_key: Annotated[
+        Path | None, typer.Option(envvar="VOLTWATCH_BROKER_KEY", help="Its key, PEM; may be the same file.")
+    ] = None,
     database: Annotated[
         str, typer.Option(envvar="DATABASE_URL", help="sqlite:///PATH or postgresql://…; default var/voltwatch.db")
     ] = "",
@@ -54,7 +64,10 @@ def serve(
     A broker that is away is waited for (/health says so); a port in use, a wrong bundle, a wrong
     database URL or a file that is no database is an error at once; a database server that is away is waited for.
     """
-    settings = dataclasses.replace(Settings.from_environment(), bundle=bundle, schema=schema, broker=broker, lake=lake)
+    settings = dataclasses.replace(
+        Settings.from_environment(), bundle=bundle, schema=schema, broker=broker, lake=lake,
+        broker_ca=broker_ca, broker_certificate=broker_certificate, broker_key=broker_key,
+    )  # fmt: skip
     if database:
         settings = dataclasses.replace(settings, database_url=database)
     with _listen(host, port) as listener:
@@ -167,6 +180,8 @@ def _check(settings: Settings) -> None:
         usable_bundle(settings.bundle, catalogue)
     if settings.broker is not None:
         parse_broker(settings.broker)
+        if (files := settings.broker_tls()) is not None:
+            tls_context(files)
     Lake(settings.lake)
 
     async def prepare() -> None:

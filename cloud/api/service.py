@@ -72,6 +72,7 @@ class Service:
             store = hashlib.sha256(self.store.identity.encode()).hexdigest()[:12]
             config = CollectorConfig(
                 host=host, port=port, username=settings.broker_username, password=settings.broker_password,
+                tls=settings.broker_tls(),
                 client_id=f"voltwatch-collector-{store}",
             )  # fmt: skip
             self.collector = Collector(self.store, config, wall=self.wall)

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cloud.collector.tls import TlsFiles
 from cloud.store.connect import DEFAULT_URL
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
@@ -17,9 +18,10 @@ class Settings:
     """One service's configuration. Limits carry their reason.
 
     From the environment: DATABASE_URL, VOLTWATCH_BUNDLE (a directory), VOLTWATCH_SCHEMA (a file), VOLTWATCH_BROKER
-    (HOST:PORT), VOLTWATCH_BROKER_USERNAME, VOLTWATCH_BROKER_PASSWORD, VOLTWATCH_LAKE (a directory or fsspec URL),
-    VOLTWATCH_CONFIG (config.json: limits of drift and retraining), VOLTWATCH_MANUAL (ev_repair_manual.json),
-    VOLTWATCH_EMBEDDING (the directory of the sentence model).
+    (HOST:PORT), VOLTWATCH_BROKER_USERNAME, VOLTWATCH_BROKER_PASSWORD, VOLTWATCH_BROKER_CA, VOLTWATCH_BROKER_CERTIFICATE
+    and VOLTWATCH_BROKER_KEY (PEM files: the first turns TLS on, one file may hold the other two), VOLTWATCH_LAKE (a
+    directory or fsspec URL), VOLTWATCH_CONFIG (config.json: limits of drift and retraining), VOLTWATCH_MANUAL
+    (ev_repair_manual.json), VOLTWATCH_EMBEDDING (the directory of the sentence model).
     """
 
     database_url: str = DEFAULT_URL
@@ -27,7 +29,10 @@ class Settings:
     schema: Path | None = None
     broker: str | None = None  # None: no collector in this process
     broker_username: str = ""
-    broker_password: str = ""
+    broker_password: str = field(default="", repr=False)
+    broker_ca: Path | None = None  # None: in the clear
+    broker_certificate: Path | None = None
+    broker_key: Path | None = None
     lake: str = DEFAULT_LAKE
     config: Path | None = None  # None: the one that comes with the package
     manual: Path | None = None  # None: the one that comes with the package
@@ -55,11 +60,22 @@ class Settings:
             broker=environment.get("VOLTWATCH_BROKER") or None,
             broker_username=environment.get("VOLTWATCH_BROKER_USERNAME", ""),
             broker_password=environment.get("VOLTWATCH_BROKER_PASSWORD", ""),
+            broker_ca=path("VOLTWATCH_BROKER_CA"),
+            broker_certificate=path("VOLTWATCH_BROKER_CERTIFICATE"),
+            broker_key=path("VOLTWATCH_BROKER_KEY"),
             lake=environment.get("VOLTWATCH_LAKE") or DEFAULT_LAKE,
             config=path("VOLTWATCH_CONFIG"),
             manual=path("VOLTWATCH_MANUAL"),
             embedding=path("VOLTWATCH_EMBEDDING"),
         )
+
+    def broker_tls(self) -> TlsFiles | None:
+        """Return the files of TLS to the broker, or None. Raises `ConfigError` for a certificate without the authority."""
+        if self.broker_ca is not None:
+            return TlsFiles(self.broker_ca, self.broker_certificate, self.broker_key)
+        if self.broker_certificate is not None or self.broker_key is not None:
+            raise ConfigError("a broker certificate or key without --broker-ca: whose broker to trust must be said too")
+        return None
 
     def catalogue(self) -> Catalogue:
         """Return the catalogue of signals. Raises `ConfigError` when the schema file cannot be used."""

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -20,13 +21,14 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import sqlalchemy as sa
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from cloud.collector import ingest
+from cloud.collector.tls import TlsFiles, explain, explain_text, tls_context
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from cloud.store.items import Item, ParkItem, RefusedItem
 from edge_agent.contract import messages, topics
@@ -34,6 +36,8 @@ from edge_agent.contract.errors import ConfigError, MessageError
 
 log = logging.getLogger(__name__)
 _RANGES_AN_ACK = 1024  # the contract's limit
+_SHORT_LIFE_S = 60.0  # a connection the broker ends sooner, several times in a row, has a rival or a broken broker
+_SUSPICIOUS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class CollectorConfig:
     client_id: str = "voltwatch-collector"  # the same at every start, one a store: the broker keeps the session
     username: str = ""
     password: str = field(default="", repr=False)
+    tls: TlsFiles | None = None  # None: in the clear, for a broker on the same machine
     keepalive_s: int = 30
     session_expiry_s: int = 7 * 86_400  # a long weekend's outage; the vehicles keep everything anyway
     receive_maximum: int = 500  # unacknowledged messages in memory: at the very most 500 times 64 kB
@@ -102,6 +107,8 @@ class Collector:
         self._client: paho.Client | None = None
         self._closed_silently = 0
         self._refused_by_name = False
+        self._tls_detail = ""  # what TLS had to say about this connection
+        self._short_lives = 0
 
     async def run(self) -> None:
         """Connect, collect, and connect again; only cancellation, or a fault of our own, ends it."""
@@ -112,8 +119,12 @@ class Collector:
                 began = time.monotonic()
                 try:
                     await self._one_connection(committing)
+                except ConfigError as error:  # a file of TLS, since the start
+                    self._lost(str(error))
                 except (OSError, TimeoutError, ValueError) as error:
-                    self._lost(f"broker {self.link.address}: {str(error) or 'no answer in time'}")
+                    said = explain(error) if self._config.tls else ""
+                    said = said or str(error) or "no answer in time"
+                    self._lost(f"broker {self.link.address}: {said}")
                 if time.monotonic() - began > self._config.retry_max_s:
                     attempt = 0
                 # jittered: a fleet of collectors does not return in step
@@ -150,11 +161,13 @@ class Collector:
                 raise TimeoutError("no answer to CONNECT in time")
             if up.done():
                 self._closed_silently = 0
+                began = loop.time()
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            elif not self._refused_by_name:
+                self._short_lives = self._short_lives + 1 if loop.time() - began < _SHORT_LIFE_S else 0
+            elif not self._refused_by_name and not self._tls_detail:
                 self._suspect_protocol()
             if over.done():
-                self._lost(f"broker {self.link.address}: {over.result()}")
+                self._lost(f"broker {self.link.address}: {self._tls_detail or over.result()}{self._rival()}")
         finally:
             pump.stop()
             self._connection += 1  # what is still in the inbox can no longer be acknowledged to the broker
@@ -180,6 +193,7 @@ class Collector:
             reconnect_on_failure=False, **clean,
         )  # fmt: skip
         client.connect_timeout = self._config.connect_timeout_s / 2
+        self._secure(client)
         if self._config.username:
             client.username_pw_set(self._config.username, self._config.password)
         connection = self._connection
@@ -221,6 +235,19 @@ class Collector:
         client.on_disconnect, client.on_message = on_disconnect, on_message
         return client
 
+    def _secure(self, client: paho.Client) -> None:
+        """Turn TLS on where it is wanted. Raises `ConfigError` for files that have gone bad since the start."""
+        self._tls_detail = ""
+        if self._config.tls is None:
+            return
+
+        def on_log(_c: Any, _u: Any, level: int, text: str) -> None:
+            if level == LogLevel.MQTT_LOG_ERR:
+                self._tls_detail = explain_text(text) or self._tls_detail
+
+        client.tls_set_context(tls_context(self._config.tls))
+        client.on_log = on_log  # in TLS 1.3 the broker's refusal follows the handshake, and paho only logs it
+
     def _subscriptions(self) -> list[tuple[str, Any]]:
         if self._protocol != MQTTProtocolVersion.MQTTv5:
             return [(wanted, 1) for wanted in ingest.SUBSCRIPTIONS]
@@ -244,6 +271,12 @@ class Collector:
             log.warning(
                 "collector: %s hangs up on CONNECT; trying MQTT %s", self.link.address, "3.1.1" if was5 else "5"
             )
+
+    def _rival(self) -> str:
+        """Say what a broker like Mosquitto does not: that somebody else connected as us, and we took it back."""
+        if self._short_lives < _SUSPICIOUS:
+            return ""
+        return f"; {self._short_lives} times in a row: does another process collect with this identity?"
 
     def _lost(self, detail: str) -> None:
         if self.link.connected or detail != self.link.detail:
@@ -354,17 +387,26 @@ class _SocketPump:
         self._socket = self._client.socket()
         if self._socket is None:
             raise OSError("hung up at once")
-        self._loop.add_reader(self._socket, self._step, self._client.loop_read)
+        self._loop.add_reader(self._socket, self._read)
         if self._client.want_write():
             self._watch_write()
         self._misc = self._loop.create_task(self._misc_forever(), name="collector-keepalive")
 
-    def _step(self, what: Callable[[], object]) -> None:
+    def _step(self, what: Callable[[], object]) -> bool:
         try:
             what()
         except Exception as error:  # noqa: BLE001 - outermost: whatever a broker can make paho raise ends this connection
             log.warning("collector: cannot go on with this connection: %r", error)
             _finish(self._over, f"cannot be understood: {error!r}")
+            return False
+        return True
+
+    def _read(self) -> None:
+        self._step(self._client.loop_read)
+        # what TLS has decrypted already no longer makes the socket readable
+        while isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            if not self._step(self._client.loop_read):
+                return
 
     def _watch_write(self) -> None:
         if self._socket is not None and not self._writing:
