@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ NOW = 1_772_000_000.0
 TYPE = "inverter_overheating"
 PROBLEM = "application/problem+json"
 NO_MODEL = Path("none")  # nothing here asks for advice, and a server without the sentence model starts at once
+ROUNDS = [f"a{n}" for n in range(8)]
 REASON = "coolant pump found dead"
 
 
@@ -353,51 +355,73 @@ async def test_the_examples_of_the_openapi_page_work(client: httpx.AsyncClient) 
         assert (await client.post(f"/v1/alerts/a1/{action}", json=example["value"])).status_code == 200
 
 
-def _in_a_thread(url: str, action: str, by: str) -> int:
-    """One whole server over the same store, as a second process of the API would be: its own loop and connections."""
+def at_one_moment(url: str, people: list[tuple[str, str]]) -> list[list[int]]:
+    """Let each of the (action, by) act on each of ROUNDS alerts, all of them at the same moment; return the statuses.
 
-    async def run() -> int:
+    Each has a whole server of their own over the same store, as processes of the API would be: a thread, an event loop,
+    connections.
+    """
+    together = threading.Barrier(len(people))
+
+    async def prepare() -> None:
+        store = FleetStore.over(url)
+        await store.prepare()
+        await store.commit([told(alert_id=alert_id) for alert_id in ROUNDS], received_at_s=NOW)
+        await store.close()
+
+    async def one(action: str, by: str) -> list[int]:
         async with serving(url) as (client, _):
-            return (await act(client, action, by=by, reason=f"{by} says so")).status_code
+            answers = []
+            await client.get("/v1/alerts")  # the connection is open before it counts
+            for alert_id in ROUNDS:
+                together.wait(timeout=60)
+                answers.append((await act(client, action, alert_id, by=by, reason=f"{by} says so")).status_code)
+            return answers
 
-    return asyncio.run(run())
+    asyncio.run(prepare())
+    with concurrent.futures.ThreadPoolExecutor(len(people)) as pool:
+        return list(pool.map(lambda person: asyncio.run(one(*person)), people))
 
 
 def test_of_two_contradicting_verdicts_at_one_moment_exactly_one_wins(database_url: str) -> None:
-    async def prepare() -> None:
-        store = FleetStore.over(database_url)
-        await store.prepare()
-        await store.commit([told(alert_id="a1")], received_at_s=NOW)
-        await store.close()
-
-    asyncio.run(prepare())
-    people = [("confirm" if n % 2 else "false-alarm", f"person{n}") for n in range(8)]
-    with concurrent.futures.ThreadPoolExecutor(len(people)) as pool:
-        answers = list(pool.map(lambda p: _in_a_thread(database_url, *p), people))
-    won = {action for (action, _), status in zip(people, answers, strict=True) if status == 200}
-    lost = {action for (action, _), status in zip(people, answers, strict=True) if status == 409}
-    assert set(answers) == {200, 409}
-    assert len(won) == len(lost) == 1
-    assert won != lost
-    (work,) = asyncio.run(rows(database_url, tables.alert_work))
+    people = [("confirm" if n % 2 else "false-alarm", f"person{n}") for n in range(4)]
+    answers = at_one_moment(database_url, people)
     stored = asyncio.run(rows(database_url, tables.alert_action))
-    assert {row["action"] for row in stored} == won
-    assert len(stored) == 4
-    assert work["verdict"] == {"confirm": "confirmed", "false-alarm": "false_alarm"}[won.pop()]
+    work = {row["alert_id"]: row["verdict"] for row in asyncio.run(rows(database_url, tables.alert_work))}
+    for n, alert_id in enumerate(ROUNDS):
+        told_here = {(action, statuses[n]) for (action, _), statuses in zip(people, answers, strict=True)}
+        (won,) = (action for action, status in told_here if status == 200)
+        (lost,) = (action for action, status in told_here if status == 409)
+        assert {won, lost} == {"confirm", "false-alarm"}
+        assert [row["action"] for row in stored if row["alert_id"] == alert_id] == [won, won]
+        assert work[alert_id] == {"confirm": "confirmed", "false-alarm": "false_alarm"}[won]
 
 
 def test_one_request_sent_many_times_at_once_is_one_action(database_url: str) -> None:
-    async def prepare() -> None:
-        store = FleetStore.over(database_url)
-        await store.prepare()
-        await store.commit([told(alert_id="a1")], received_at_s=NOW)
-        await store.close()
+    answers = at_one_moment(database_url, [("confirm", "anna")] * 4)
+    assert answers == [[200] * len(ROUNDS)] * 4
+    stored = asyncio.run(rows(database_url, tables.alert_action))
+    assert sorted(row["alert_id"] for row in stored) == sorted(ROUNDS)
 
-    asyncio.run(prepare())
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: _in_a_thread(database_url, "confirm", "anna"), range(6)))
-    assert answers == [200] * 6
-    assert len(asyncio.run(rows(database_url, tables.alert_action))) == 1
+
+async def test_people_and_a_vehicle_that_act_on_one_alert_at_the_same_time_lose_nothing(
+    client: httpx.AsyncClient, database_url: str
+) -> None:
+    vehicle = FleetStore.over(database_url)
+
+    async def transitions() -> None:
+        for seq in range(2, 22):
+            transition = "escalated" if seq % 2 else "raised"
+            await vehicle.commit([told(seq, transition=transition), told(seq, alert_id="a0")], received_at_s=NOW)
+
+    async def verdicts(by: str) -> list[int]:
+        return [(await act(client, "confirm", by=by, reason=f"look {n}")).status_code for n in range(10)]
+
+    _, *answers = await asyncio.gather(transitions(), verdicts("anna"), verdicts("ben"))
+    await vehicle.close()
+    assert answers == [[200] * 10, [200] * 10]
+    seen = (await client.get("/v1/alerts/a1")).json()
+    assert (seen["transitions"], len(seen["actions"]), seen["work"]["state"]) == (21, 20, "confirmed")
 
 
 async def test_what_stands_beside_the_log_is_the_logs_fold(client: httpx.AsyncClient, database_url: str) -> None:
