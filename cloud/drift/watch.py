@@ -52,7 +52,8 @@ class DriftWatch:
     async def step(self) -> None:
         """Do what is due. Raises `StoreAwayError` when the store is away."""
         if not self._registered and self._bundle is not None:
-            self._registered = await register_bundle(self._store, self._bundle, self._wall())
+            await register_bundle(self._store, self._bundle, self._wall())
+            self._registered = True
         started = time.monotonic()
         if started < self._not_before:
             return
@@ -105,7 +106,7 @@ class DriftWatch:
 
 
 async def register_bundle(store: FleetStore, bundle: LoadedBundle, at_s: float) -> bool:
-    """Make the bins of a bundle known; True when they are, whether by this call or before. Raises `StoreAwayError`."""
+    """Make the bins of a bundle known; False when they were already. Raises `StoreAwayError`, `BundleError`."""
     file = bundle.path / contract.DRIFT_REFERENCE
     try:
         body = file.read_bytes()
@@ -114,5 +115,4 @@ async def register_bundle(store: FleetStore, bundle: LoadedBundle, at_s: float) 
     if hashlib.sha256(body).hexdigest() != bundle.drift_reference_sha256:
         raise BundleError(f"{file}: was changed after the bundle was loaded; restart with a whole bundle")
     async with store.writing() as connection:
-        await drift_rows.register(connection, bundle.drift_reference_sha256, bundle.manifest, body, at_s)
-    return True
+        return await drift_rows.register(connection, bundle.drift_reference_sha256, bundle.manifest, body, at_s)

@@ -23,6 +23,7 @@ from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.messages import DriftCounts
 
 CHUNK = 200  # messages of some 6 kB decoded at a time: 20 ms, and then others have their turn
+_LOCK = 0x766F6C7464726966  # "voltdrif": PostgreSQL's advisory locks are 64-bit numbers
 MOST_LISTED = 100  # unknown references, and problems, in one answer
 
 _drift = tables.drift.c
@@ -108,6 +109,7 @@ async def register(
     connection: AsyncConnection, reference: str, manifest: Manifest, body: bytes, at_s: float
 ) -> bool:  # fmt: skip
     """Make a reference known, and check what waited for it; False when it was known already."""
+    await _alone(connection)
     if await connection.scalar(sa.select(_known.reference).where(_known.reference == reference)) is not None:
         return False
     bins = read_bins(body)
@@ -123,6 +125,12 @@ async def register(
         await set_aside(connection, wrong)
         after = chunk[-1][0]
     return True
+
+
+async def _alone(connection: AsyncConnection) -> None:
+    """Let one transaction at a time look and then write; of SQLite's a writing one is alone anyway."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 async def set_aside(connection: AsyncConnection, wrong: Sequence[tuple[int, str]]) -> None:
@@ -296,15 +304,26 @@ async def references_alerted(connection: AsyncConnection) -> list[Known]:
 async def write_changes(
     connection: AsyncConnection, reference: Known, scope: Scope, scope_id: str, changes: Changes, at_s: float
 ) -> None:
-    """Write what one evaluation of a scope changed."""
-    if changes.raised:
+    """Write what one evaluation of a scope changed; what another server has raised meanwhile is raised once."""
+    await _alone(connection)
+    there = {
+        (r.variable, r.stratum)
+        for r in await connection.execute(
+            sa.select(_alert.variable, _alert.stratum).where(
+                _alert.reference == reference.reference, _alert.scope == scope, _alert.scope_id == scope_id,
+                _alert.cleared_at_s.is_(None),
+            )
+        )
+    }  # fmt: skip
+    raised = [one for one in changes.raised if (one.variable, one.stratum) not in there]
+    if raised:
         rows = [
             {
                 "scope": scope, "scope_id": scope_id, "reference": reference.reference,
                 "model_release": reference.model_release, "stratum": one.stratum, "variable": one.variable,
                 "kind": one.kind, "measure": "psi", "raised_at_s": at_s, **_figures(one, at_s),
             }
-            for one in changes.raised
+            for one in raised
         ]  # fmt: skip
         await connection.execute(sa.insert(tables.drift_alert), rows)
     for alert_id, one in changes.updated:
