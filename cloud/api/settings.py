@@ -70,7 +70,7 @@ class Settings:
         )
 
     def broker_tls(self) -> TlsFiles | None:
-        """Return the files of TLS to the broker, or None. Raises `ConfigError` for a certificate without the authority."""
+        """Return the files of TLS to the broker, or None. Raises `ConfigError` for a certificate without a CA."""
         if self.broker_ca is not None:
             return TlsFiles(self.broker_ca, self.broker_certificate, self.broker_key)
         if self.broker_certificate is not None or self.broker_key is not None:
