@@ -47,7 +47,14 @@ class Built:
 
 
 def build(
-    models_dir: Path, datasets_dir: Path, output: Path, *, catalogue: Catalogue, release: int, created: str
+    models_dir: Path,
+    datasets_dir: Path,
+    output: Path,
+    *,
+    catalogue: Catalogue,
+    release: int,
+    created: str,
+    false_alarm_rate: float = 0.01,
 ) -> Built:
     """Build the bundle of a models folder into directory `output`, replacing the bundle that is there.
 
@@ -73,7 +80,9 @@ def build(
     parity.require(checks)
 
     thresholds = _thresholds(models_dir / contract.THRESHOLDS, models)
-    reference = build_reference(datasets_dir, graph, _session(heads.SerializeToString()))
+    reference = build_reference(
+        datasets_dir, graph, _session(heads.SerializeToString()), false_alarm_rate=false_alarm_rate
+    )
     members = {
         contract.MODEL: model,
         contract.THRESHOLDS: _pretty(thresholds),

@@ -17,24 +17,38 @@ CONFIG_HELP = "Training configuration, for its schema; default: the one that com
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
+class _Drift(msgspec.Struct, frozen=True):
+    """Of the section `drift`: what the limits are calibrated to."""
+
+    false_alarm_rate: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.01
+
+
 class _Config(msgspec.Struct, frozen=True):
-    """The one key of the training configuration that an export needs."""
+    """The keys of the training configuration that an export needs."""
 
     schema: str | None = None
+    drift: _Drift = _Drift()
+
+
+def _read(config: Path | None) -> tuple[_Config, Path]:
+    """Return the configuration (given, or fleet-cloud's where that is installed), and the folder its paths start at."""
+    origin = config or DEFAULT_CONFIG
+    if config is None and not DEFAULT_CONFIG.is_file():
+        return _Config(), origin.parent
+    try:
+        return msgspec.json.decode(origin.read_bytes(), type=_Config), origin.parent
+    except OSError as error:
+        raise ConfigError(f"config {origin}: cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"config {origin}: {error}") from error
 
 
 def _catalogue(schema: Path | None, config: Path | None) -> Catalogue:
     """Return the catalogue of `schema`, else of the configuration (given, or fleet-cloud's), else the vehicle's own."""
     path = schema
-    if path is None and (config is not None or DEFAULT_CONFIG.is_file()):
-        origin = config or DEFAULT_CONFIG
-        try:
-            named = msgspec.json.decode(origin.read_bytes(), type=_Config).schema
-        except OSError as error:
-            raise ConfigError(f"config {origin}: cannot be read: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"config {origin}: {error}") from error
-        path = origin.parent / named if named else None
+    if path is None:
+        read, folder = _read(config)
+        path = folder / read.schema if read.schema else None
     if path is None:
         return default_catalogue()
     try:
@@ -62,6 +76,7 @@ def build(
         output,
         catalogue=_catalogue(schema, config),
         release=release,
+        false_alarm_rate=_read(config)[0].drift.false_alarm_rate,
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
     )
     for check in built.checks:

@@ -1,25 +1,30 @@
-"""`drift_reference.json`: bins of signals, features and scores, and how the training fleet filled them, by stratum.
+"""`drift_reference.json`: bins of signals, features and scores, how the training fleet filled them, and their limits.
 
 Signals come from random frames of training vehicles, features from their windows, scores from validation vehicles
 (on its own training rows a booster is too sure), through the graph that ships. Counting is the vehicle's own function,
 so that both sides agree on edges and on what is missing. Views of a vehicle that preparation made slower or poorer are
-left out: they teach the models, they are not the fleet.
+left out: they teach the models, they are not the fleet. So are windows with a failure at work, where there are healthy
+ones: a training fleet is half failures, a real one hardly has any, and that difference is no drift. What counts as
+drift, limit by limit, is `drift_limits`' business.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from edge_agent.contract.bundle import DriftReference, DriftReferenceVariable
+from edge_agent.contract.bundle import DriftCalibration, DriftReference, DriftReferenceVariable
 from edge_agent.contract.errors import BundleError
 from edge_agent.contract.signals import FAILURE_TYPES
 from edge_agent.pipeline.drift import count
+from export import drift_limits
 from export.features import STATISTICS, FeatureGraph
 
 BINS = 10
@@ -49,12 +54,27 @@ def edges_of(values: npt.NDArray[Any]) -> tuple[float, ...]:
     return tuple(float(e) for e in edges)
 
 
-def _variable(
-    name: str, kind: Literal["signal", "feature", "score"], values: npt.NDArray[Any], strata: Strata
-) -> DriftReferenceVariable:
-    edges = edges_of(values)
-    counts = {str(s): tuple(int(c) for c in count(edges, values[strata == s])) for s in np.unique(strata)}
-    return DriftReferenceVariable(name=name, kind=kind, edges=edges, counts=counts)
+@dataclass(frozen=True)
+class Counting:
+    """Values [R, V] of variables, with what is known of each row [R]; `vehicle` None in a dataset of before."""
+
+    names: tuple[str, ...]
+    kind: Literal["signal", "feature", "score"]
+    values: npt.NDArray[Any]
+    strata: Strata
+    vehicle: Strata | None
+    end_s: npt.NDArray[np.float64] | None
+    per_window: int  # rows that the vehicle counts of one window
+
+    def variables(self) -> tuple[DriftReferenceVariable, ...]:
+        """Choose the bins and fill them."""
+        return tuple(self._variable(i, name) for i, name in enumerate(self.names))
+
+    def _variable(self, i: int, name: str) -> DriftReferenceVariable:
+        values = self.values[:, i]
+        edges = edges_of(values)
+        counts = {str(s): tuple(int(c) for c in count(edges, values[self.strata == s])) for s in np.unique(self.strata)}
+        return DriftReferenceVariable(name=name, kind=self.kind, edges=edges, counts=counts)
 
 
 def watched_features(graph: FeatureGraph) -> tuple[str, ...]:
@@ -62,45 +82,130 @@ def watched_features(graph: FeatureGraph) -> tuple[str, ...]:
     return graph.feature_names[len(STATISTICS) * len(graph.catalogue.scalars) :]
 
 
-def build_reference(datasets: Path, graph: FeatureGraph, heads_session: Any) -> DriftReference:
-    """Count the training fleet. Raises `BundleError` when a file of the dataset is missing or unfit."""
-    sample = read_table(datasets / "signal_sample.parquet", ("stratum", *graph.catalogue.scalar_names))
-    strata = _strings(sample, "stratum")
-    variables = [_variable(n, "signal", sample[n].to_numpy(), strata) for n in graph.catalogue.scalar_names]
+def build_reference(
+    datasets: Path, graph: FeatureGraph, heads_session: Any, *, false_alarm_rate: float = 0.01
+) -> DriftReference:
+    """Count the training fleet, and calibrate limits on it; a dataset without vehicles in its sample has none.
 
-    train = read_windows(datasets / "train_full.parquet", len(graph.feature_names))
-    position = {name: i for i, name in enumerate(graph.feature_names)}
-    variables += [
-        _variable(name, "feature", train.features[:, position[name]], train.strata) for name in watched_features(graph)
-    ]
-
+    Raises `BundleError` when a file of the dataset is missing or unfit.
+    """
+    train = read_windows(datasets / "train_full.parquet", len(graph.feature_names)).healthy_ones()
     validation = read_windows(datasets / "val_full.parquet", len(graph.feature_names))
-    if not len(validation.features):
-        validation = train
-    variables += list(_scores(validation, graph, heads_session))
-    return DriftReference(variables=tuple(variables))
+    validation = validation.healthy_ones() if len(validation.features) else train
+    position = {name: i for i, name in enumerate(graph.feature_names)}
+    watched = watched_features(graph)
+    counting = [
+        _signals(datasets / "signal_sample.parquet", graph),
+        Counting(
+            watched, "feature", train.features[:, [position[n] for n in watched]], train.strata, train.vehicle,
+            train.end_s, 1,
+        ),
+        *_scores(validation, graph, heads_session),
+    ]  # fmt: skip
+    filled = [part.variables() for part in counting]
+    calibration, limits = _limits(counting, filled, train, validation, false_alarm_rate)
+    variables = tuple(
+        msgspec.structs.replace(variable, limits=limits.get(variable.name, {})) for part in filled for variable in part
+    )
+    return DriftReference(variables=variables, calibration=calibration)
 
 
+def _signals(path: Path, graph: FeatureGraph) -> Counting:
+    known = ("vehicle_id", "end_s", "healthy")
+    sample = read_table(path, ("stratum", *graph.catalogue.scalar_names), optional=known)
+    if "healthy" in sample.column_names and pc.any(sample["healthy"]).as_py():
+        sample = sample.filter(sample["healthy"])
+    dated = {"vehicle_id", "end_s"} <= set(sample.column_names)
+    names = graph.catalogue.scalar_names
+    return Counting(
+        names, "signal", np.stack([sample[n].to_numpy() for n in names], axis=1), _strings(sample, "stratum"),
+        _strings(sample, "vehicle_id") if dated else None, sample["end_s"].to_numpy() if dated else None,
+        max(1, round(graph.spec.stride_s / graph.spec.period_s)),
+    )  # fmt: skip
+
+
+def _limits(
+    counting: list[Counting],
+    filled: list[tuple[DriftReferenceVariable, ...]],
+    train: "Windows",
+    validation: "Windows",
+    false_alarm_rate: float,
+) -> tuple[DriftCalibration | None, dict[str, dict[str, tuple[float, ...]]]]:
+    groups = [
+        drift_limits.Rows(variables, part.values, part.vehicle, part.strata, part.end_s, part.per_window)
+        for part, variables in zip(counting, filled, strict=True)
+        if part.vehicle is not None and part.end_s is not None
+    ]
+    if len(groups) < len(counting):
+        return None, {}
+    windows = {**validation.ends(), **train.ends()}
+    return drift_limits.calibrate(groups, windows, false_alarm_rate=false_alarm_rate)
+
+
+@dataclass(frozen=True)
 class Windows:
-    """Natural windows of one split: features [W, F], pooled [W, Q] (rows of NaN where not kept), strata [W]."""
+    """Natural windows of one split.
 
-    def __init__(self, features: Float32Array, pooled: Float32Array, strata: Strata) -> None:
-        self.features, self.pooled, self.strata = features, pooled, strata
+    features [W, F], pooled [W, Q] (rows of NaN where not kept), strata [W], healthy [W] bool; vehicle [W] and end_s [W]
+    or None, where the table does not say.
+    """
+
+    features: Float32Array
+    pooled: Float32Array
+    strata: Strata
+    healthy: npt.NDArray[np.bool_]
+    vehicle: Strata | None
+    end_s: npt.NDArray[np.float64] | None
+
+    def healthy_ones(self) -> "Windows":
+        """Leave out windows with a failure at work; where all have one, none is left out."""
+        if self.healthy.all() or not self.healthy.any():
+            return self
+        return self.at(np.flatnonzero(self.healthy))
+
+    def at(self, rows: npt.NDArray[np.integer]) -> "Windows":
+        """Return some of the windows, in this order."""
+        return Windows(
+            self.features[rows],
+            self.pooled[rows],
+            self.strata[rows],
+            self.healthy[rows],
+            None if self.vehicle is None else self.vehicle[rows],
+            None if self.end_s is None else self.end_s[rows],
+        )
+
+    def ends(self) -> dict[tuple[str, str], npt.NDArray[np.float64]]:
+        """Return the ends of the windows, in order, by (vehicle, stratum)."""
+        if self.vehicle is None or self.end_s is None:
+            return {}
+        keys = np.char.add(np.char.add(self.vehicle, "\n"), self.strata)
+        return {
+            (str(key).partition("\n")[0], str(key).partition("\n")[2]): np.sort(self.end_s[keys == key])
+            for key in np.unique(keys)
+        }
 
 
 def read_windows(path: Path, features: int) -> Windows:
     """Read a split's natural windows. Raises `BundleError`."""
-    table = read_table(path, ("stratum", "features", "pooled"), optional=("variant",))
-    if "variant" in table.column_names:
+    table = read_table(path, ("stratum", "features", "pooled"), optional=("variant", "vehicle_id", "end_s", "healthy"))
+    there = set(table.column_names)
+    if "variant" in there:
         table = table.filter(pc.equal(table["variant"], NATURAL))
     pooled = _matrix(table, "pooled")
     matrix = _matrix(table, "features")
     if len(matrix) and matrix.shape[1] != features:
         raise BundleError(f"{path}: has {matrix.shape[1]} features, this version's graph gives {features}")
-    return Windows(matrix, pooled, _strings(table, "stratum"))
+    return Windows(
+        matrix,
+        pooled,
+        _strings(table, "stratum"),
+        np.array(table["healthy"].to_pylist(), bool) if "healthy" in there else np.ones(len(matrix), bool),
+        _strings(table, "vehicle_id") if "vehicle_id" in there else None,
+        table["end_s"].to_numpy() if "end_s" in there else None,
+    )
 
 
-def _scores(windows: Windows, graph: FeatureGraph, session: Any) -> Iterator[DriftReferenceVariable]:
+def _scores(windows: Windows, graph: FeatureGraph, session: Any) -> Iterator[Counting]:
     outputs = {o.name for o in session.get_outputs()}
     kept = np.flatnonzero(~np.isnan(windows.pooled).all(axis=1)) if windows.pooled.size else np.arange(0)
     if len(kept) > MOST_SCORED:
@@ -110,21 +215,14 @@ def _scores(windows: Windows, graph: FeatureGraph, session: Any) -> Iterator[Dri
     wanted = [n for n in ("failure_probability", "type_probability", "anomaly_score") if n in outputs]
     takes = {i.name for i in session.get_inputs()}
     shape = (1, graph.pooled_frames, len(graph.catalogue.scalars))
-    rows: dict[str, list[Float32Array]] = {name: [] for name in wanted}
-    for i in kept.tolist():
-        feed = {"features": windows.features[i : i + 1], "pooled": windows.pooled[i].reshape(shape)}
-        for name, answer in zip(
-            wanted, session.run(wanted, {k: v for k, v in feed.items() if k in takes}), strict=True
-        ):
-            rows[name].append(answer.reshape(-1))
-    strata = windows.strata[kept]
-    for name in wanted:
-        values = np.stack(rows[name])  # [W, 1] or [W, T]
-        if name == "type_probability":
-            for i, kind in enumerate(FAILURE_TYPES):
-                yield _variable(f"type_probability.{kind}", "score", values[:, i], strata)
-        else:
-            yield _variable(name, "score", values[:, 0], strata)
+    names = [n for w in wanted for n in ([f"{w}.{k}" for k in FAILURE_TYPES] if w == "type_probability" else [w])]
+    scored = windows.at(kept)
+    values = np.empty((len(kept), len(names)), np.float32)
+    for i in range(len(kept)):
+        feed = {"features": scored.features[i : i + 1], "pooled": scored.pooled[i].reshape(shape)}
+        answers = session.run(wanted, {k: v for k, v in feed.items() if k in takes})
+        values[i] = np.concatenate([a.reshape(-1) for a in answers])
+    yield Counting(tuple(names), "score", values, scored.strata, scored.vehicle, scored.end_s, 1)
 
 
 def read_table(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pa.Table:

@@ -232,7 +232,10 @@ def _write_sample(results: list[VehicleResult], output: Path, catalogue: Catalog
     training = [r for r in results if r.split == TRAIN]
     values = np.concatenate([r.sample for r in training])
     columns: dict[str, Any] = {
-        "stratum": pa.array(np.concatenate([r.sample_stratum for r in training]).tolist(), pa.string())
+        "vehicle_id": pa.array([r.vehicle.vehicle_id for r in training for _ in r.sample], pa.string()),
+        "end_s": pa.array(np.concatenate([r.sample_end_s for r in training])),
+        "stratum": pa.array(np.concatenate([r.sample_stratum for r in training]).tolist(), pa.string()),
+        "healthy": pa.array(np.concatenate([r.sample_healthy for r in training])),
     }
     columns.update(
         {name: pa.array(np.ascontiguousarray(values[:, i])) for i, name in enumerate(catalogue.scalar_names)}

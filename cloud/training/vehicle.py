@@ -77,6 +77,7 @@ class VehicleResult:
     sample: Float32Array  # [n, S] random frames of a training vehicle
     sample_stratum: npt.NDArray[np.str_]
     sample_healthy: npt.NDArray[np.bool_]
+    sample_end_s: npt.NDArray[np.float64]  # [n] of their windows
     golden: tuple[Window, ...]
     counters: Counter[str] = field(default_factory=Counter)
 
@@ -110,7 +111,7 @@ def prepare_vehicle(task: VehicleTask) -> VehicleResult:
     windows = _windows(arrivals, task, task.mapping.source.period_s, counters)
     views = list(_views(task, arrivals, windows, random, counters))
     parts = [_featured(task, variant, view, reset, random) for variant, view, reset in views]
-    sample, stratum, healthy = _signal_sample(task, windows, random)
+    sample, stratum, healthy, end_s = _signal_sample(task, windows, random)
     return VehicleResult(
         vehicle=task.vehicle,
         split=task.split,
@@ -118,6 +119,7 @@ def prepare_vehicle(task: VehicleTask) -> VehicleResult:
         sample=sample,
         sample_stratum=stratum,
         sample_healthy=healthy,
+        sample_end_s=end_s,
         golden=_golden(task, [w for _, view, _ in views for w in view], random),
         counters=counters,
     )
@@ -284,11 +286,14 @@ def _concatenate(parts: list[Rows]) -> Rows:
 
 def _signal_sample(
     task: VehicleTask, windows: list[Window], random: np.random.Generator
-) -> tuple[Float32Array, npt.NDArray[np.str_], npt.NDArray[np.bool_]]:
-    """Random frames of a training vehicle's newest strides, with the stratum of their window: the drift reference."""
+) -> tuple[Float32Array, npt.NDArray[np.str_], npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Random frames of a training vehicle's newest strides, with stratum, health and end of their windows.
+
+    They are the drift reference of the signals.
+    """
     if task.split != TRAIN or not windows:
         empty = np.empty((0, len(task.catalogue.scalars)), np.float32)
-        return empty, np.empty(0, np.str_), np.empty(0, bool)
+        return empty, np.empty(0, np.str_), np.empty(0, bool), np.empty(0, np.float64)
     stride = max(1, min(task.window.frames, round(task.window.stride_s / task.window.period_s)))
     chosen = random.integers(len(windows), size=task.sample_rows)
     healthy = _labels(task, windows).healthy
@@ -297,6 +302,7 @@ def _signal_sample(
         np.stack([windows[i].values[task.window.frames - stride + random.integers(stride)] for i in chosen]),
         np.array([strata[i] for i in chosen.tolist()], dtype=np.str_),
         healthy[chosen],
+        np.array([windows[i].end_s for i in chosen.tolist()]),
     )
 
 

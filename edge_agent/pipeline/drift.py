@@ -66,19 +66,20 @@ def _mean(window: Window, column: int | None) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def count(edges: npt.ArrayLike, values: npt.ArrayLike) -> IntArray:
-    """Count `values` into the bins of B-1 inner `edges`; returns [B + 1], the last being the missing (NaN) ones.
+def bin_of(edges: npt.ArrayLike, values: npt.ArrayLike) -> IntArray:
+    """Return for each value [N] its bin among those of B-1 inner `edges`; B is the bin of what is missing (NaN).
 
     A value on an edge belongs to the bin above it.
     """
     inner = np.asarray(edges, np.float64)
     flat = np.asarray(values, np.float64).reshape(-1)
-    missing = np.isnan(flat)
-    counts = np.zeros(inner.shape[0] + 2, np.int64)
-    bins = np.searchsorted(inner, flat[~missing], side="right")
-    counts[:-1] = np.bincount(bins, minlength=inner.shape[0] + 1)
-    counts[-1] = int(missing.sum())
-    return counts
+    bins = np.searchsorted(inner, flat, side="right")
+    return np.where(np.isnan(flat), inner.shape[0] + 1, bins).astype(np.int64)
+
+
+def count(edges: npt.ArrayLike, values: npt.ArrayLike) -> IntArray:
+    """Count `values` into the bins of B-1 inner `edges`; returns [B + 1], the last being the missing (NaN) ones."""
+    return np.bincount(bin_of(edges, values), minlength=np.asarray(edges).shape[0] + 2).astype(np.int64)
 
 
 @dataclass(slots=True)
