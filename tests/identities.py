@@ -110,6 +110,7 @@ class Peer:
         self.received: list[tuple[str, bytes, bool]] = []
         self.ended: list[str] = []
         self.refused = ""
+        self.maximum_packet = 0
         self._answers: dict[int, str] = {}
         self._answered = threading.Condition()
         up = threading.Event()
@@ -122,7 +123,8 @@ class Peer:
         if will:
             client.will_set(will, b"gone", qos=1, retain=True)
 
-        def connected(_c: object, _u: object, _f: object, reason: object, _p: object) -> None:
+        def connected(_c: object, _u: object, _f: object, reason: object, answer: object) -> None:
+            self.maximum_packet = int(getattr(answer, "MaximumPacketSize", 0))
             if str(reason) != "Success":
                 self.refused = str(reason)
             up.set()

@@ -83,6 +83,9 @@ class Provisioning:
     ) -> list[Delivered]:
         """Make the authority, the broker's folder and the first collector, each unless it is there already."""
         hosts = check_hosts(hosts)
+        place = install or PurePosixPath(self._where(Role.BROKER, BROKER).resolve())
+        if not str(place).isprintable() or not place.is_absolute():
+            raise ConfigError(f"the broker's folder {str(place)!a} must be an absolute path")
         at = self._time()
         with durable.locked(self.folder):
             self._sweep()
@@ -94,9 +97,6 @@ class Provisioning:
                     f"`provision renew broker --role broker --broker-host …`"
                 )
             book = self._settle(authority, book, at)
-            place = install or PurePosixPath(self._where(Role.BROKER, BROKER).resolve())
-            if any(not c.isprintable() or c.isspace() for c in str(place)) or not place.is_absolute():
-                raise ConfigError(f"the broker's folder {str(place)!a} must be an absolute path without spaces")
             conf = {"mosquitto.conf": Content(mosquitto.configuration(place, port).encode(), PUBLIC)}
             wanted = (
                 Wanted(Role.BROKER, BROKER, days or DAYS[Role.BROKER], conf),
@@ -106,8 +106,9 @@ class Provisioning:
 
     def add(self, wanted: Sequence[Wanted]) -> list[Delivered]:
         """Make each identity, unless it is there already. All are checked before the first is made."""
-        for one in wanted:
-            common_name(one.role, one.name)
+        owners = {common_name(one.role, one.name) for one in wanted}
+        if len(owners) != len(wanted):
+            raise ValueError("an owner is named twice")
         at = self._time()
         with durable.locked(self.folder):
             authority, book = self._ready(at)
@@ -118,8 +119,10 @@ class Provisioning:
         at = self._time()
         with durable.locked(self.folder):
             authority, book = self._ready(at)
+            owned = book.by_owner()
             for name in names:
-                self._known(book, role, name)
+                if (role, name) not in owned:
+                    raise _unknown(book, role, name)
             if hosts:
                 book = self._save(msgspec.structs.replace(book, hosts=check_hosts(hosts)))
             wanted = [Wanted(role, name, days or DAYS[role]) for name in names]
@@ -136,11 +139,8 @@ class Provisioning:
             authority, book = self._ready(at)
             entries = self._known(book, role, name)
             due = tuple(e for e in (entries[:-1] if older else entries) if e.state != "revoked")
-            for entry in due:
-                revoked = msgspec.structs.replace(entry, state="revoked", revoked=_iso(at), reason=reason)
-                book = book.with_entry(revoked)
             if due:
-                self._save(book)
+                book = self._save(book.with_entries(_revoke(entry, at, reason) for entry in due))
                 self._derive(authority, book, at)
             return due
 
@@ -196,15 +196,14 @@ class Provisioning:
 
     def _settle(self, authority: Authority, book: Register, at: datetime) -> Register:
         """Decide what a killed process left pending, and make list and ACL say what the register says."""
-        for entry in book.entries:
-            if entry.state == "pending":
-                arrived = self._serial_in(entry) == entry.serial
-                settled = (
-                    msgspec.structs.replace(entry, state="issued")
-                    if arrived
-                    else msgspec.structs.replace(entry, state="revoked", revoked=_iso(at), reason=_UNDELIVERED)
+        pending = [entry for entry in book.entries if entry.state == "pending"]
+        if pending:
+            arrived = {entry.serial for entry in pending if self._serial_in(entry) == entry.serial}
+            book = self._save(
+                book.with_entries(
+                    _issued(entry) if entry.serial in arrived else _revoke(entry, at, _UNDELIVERED) for entry in pending
                 )
-                book = self._save(book.with_entry(settled))
+            )
         self._derive(authority, book, at)
         return book
 
@@ -232,7 +231,8 @@ class Provisioning:
     # Issuing ----------------------------------------------------------------------------------------------------
 
     def _ensure(self, authority: Authority, book: Register, wanted: Sequence[Wanted], at: datetime) -> list[Delivered]:
-        there = {id(one): self._present(book, one, at) for one in wanted}
+        owned = book.by_owner()
+        there = {id(one): self._present(owned.get((one.role, one.name), []), one, at) for one in wanted}
         for one in wanted:
             if there[id(one)] is not None:
                 self._complete(authority, one)
@@ -240,9 +240,9 @@ class Provisioning:
         fresh = {(d.entry.role, d.entry.name): d for d in made}
         return [there[id(one)] or fresh[one.role, one.name] for one in wanted]
 
-    def _present(self, book: Register, wanted: Wanted, at: datetime) -> Delivered | None:
+    def _present(self, owned: list[Entry], wanted: Wanted, at: datetime) -> Delivered | None:
         """Return what is there; None where it is to be made. Raises `ConfigError` where that is for a person to say."""
-        entries = [entry for entry in book.of(wanted.role, wanted.name) if entry.reason != _UNDELIVERED]
+        entries = [entry for entry in owned if entry.reason != _UNDELIVERED]
         if not entries:
             return None
         newest, folder = entries[-1], self._where(wanted.role, wanted.name)
@@ -273,14 +273,11 @@ class Provisioning:
             for one in wanted[first : first + _AT_ONCE]:
                 entry, pem = self._sign(authority, book, one, at)
                 signed.append((one, entry, pem))
-                book = book.with_entry(entry)
-            book = self._save(book)
+            book = self._save(book.with_entries(entry for _, entry, _ in signed))
             for one, entry, pem in signed:
                 self._deliver(authority, book, one, pem, at)
-                issued = msgspec.structs.replace(entry, state="issued")
-                book = book.with_entry(issued)
-                delivered.append(Delivered(issued, self._where(one.role, one.name), made=True))
-            self._save(book)
+                delivered.append(Delivered(_issued(entry), self._where(one.role, one.name), made=True))
+            book = self._save(book.with_entries(_issued(entry) for _, entry, _ in signed))
         self._derive(authority, book, at)
         return delivered
 
@@ -327,11 +324,9 @@ class Provisioning:
         return f"{found.serial_number:x}" if found is not None else ""
 
     def _known(self, book: Register, role: Role, name: str) -> tuple[Entry, ...]:
-        entries = book.of(role, name)
+        entries = tuple(book.by_owner().get((role, name), ()))
         if not entries:
-            near = get_close_matches(name, {e.name for e in book.entries if e.role is role}, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; `provision list` shows who has"
-            raise ConfigError(f"no {role} {name[:80]!a} has a certificate of this authority{hint}")
+            raise _unknown(book, role, name)
         return entries
 
     def _sweep(self) -> None:
@@ -342,6 +337,20 @@ class Provisioning:
         if at.year < 2025:
             raise ConfigError(f"this machine's clock says {_iso(at)}: set it first, certificates carry their time")
         return at
+
+
+def _unknown(book: Register, role: Role, name: str) -> ConfigError:
+    near = get_close_matches(name, {e.name for e in book.entries if e.role is role}, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; `provision list` shows who has"
+    return ConfigError(f"no {role} {name[:80]!a} has a certificate of this authority{hint}")
+
+
+def _issued(entry: Entry) -> Entry:
+    return msgspec.structs.replace(entry, state="issued")
+
+
+def _revoke(entry: Entry, at: datetime, reason: str) -> Entry:
+    return msgspec.structs.replace(entry, state="revoked", revoked=_iso(at), reason=reason)
 
 
 def _revoked(book: Register) -> dict[int, datetime]:

@@ -4,6 +4,7 @@ A certificate is entered as pending before its file appears, and as issued after
 at the next start by whether its file is there. No certificate that ever left is missing here.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -36,13 +37,16 @@ class Register(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     port: int
     entries: tuple[Entry, ...] = ()
 
-    def of(self, role: Role, name: str) -> tuple[Entry, ...]:
-        """Return all certificates of one owner, oldest first."""
-        return tuple(entry for entry in self.entries if (entry.role, entry.name) == (role, name))
+    def by_owner(self) -> dict[tuple[Role, str], list[Entry]]:
+        """Return all certificates by their owner's role and name, each owner's oldest first."""
+        owned: dict[tuple[Role, str], list[Entry]] = {}
+        for entry in self.entries:
+            owned.setdefault((entry.role, entry.name), []).append(entry)
+        return owned
 
-    def with_entry(self, entry: Entry) -> "Register":
-        """Return the register with one more entry, or with one of the same serial number replaced."""
-        known = {old.serial: old for old in self.entries} | {entry.serial: entry}
+    def with_entries(self, entries: Iterable[Entry]) -> "Register":
+        """Return the register with these entries too, or instead of those of the same serial number."""
+        known = {old.serial: old for old in self.entries} | {new.serial: new for new in entries}
         return msgspec.structs.replace(self, entries=tuple(known.values()))
 
     def services(self) -> tuple[tuple[Role, str], ...]:

@@ -12,7 +12,7 @@ import pytest
 
 from cloud.identity import authority as ca
 from cloud.identity.names import Role
-from edge_agent.contract import topics
+from edge_agent.contract import messages, topics
 from tests.brokers import wait_for
 from tests.identities import Identities, Peer, TlsBroker, signed
 
@@ -67,7 +67,7 @@ class Site:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """For tests that change nothing of it."""
-    site = Site(tmp_path_factory.mktemp("shared") / "identity")
+    site = Site(tmp_path_factory.mktemp("shared") / "its identities")
     yield site
     site.broker.stop()
 
@@ -182,6 +182,29 @@ def test_a_name_that_provisioning_refuses_gains_nothing_even_when_signed(
         assert strange.received == []
     strange.close()
     collector.close()
+
+
+def test_a_message_of_the_contracts_size_passes_and_a_larger_one_is_announced_as_too_large(site: Site) -> None:
+    peer = site.peer("vehicle")
+    assert peer.publish(topics.sample(ME), b"x" * messages.MAX_MESSAGE_BYTES) == "No matching subscribers"
+    assert messages.MAX_MESSAGE_BYTES < peer.maximum_packet < messages.MAX_MESSAGE_BYTES + 2048
+    peer.publish(topics.sample(ME), b"x" * (peer.maximum_packet + 1))
+    wait_for(lambda: peer.ended, what="who ignores that is disconnected")
+
+
+def test_three_thousand_messages_wait_for_a_collector_that_is_away(site: Site) -> None:
+    away = site.peer("collector", keep_session=True)
+    away.subscribe(topics.subscription("drift"))
+    away.close()
+    peer = site.peer("vehicle")
+    mids = [peer.client.publish(topics.drift(ME), str(n).encode(), qos=1) for n in range(3000)]
+    for mid in mids:
+        mid.wait_for_publish(30)
+    back = site.peer("collector", keep_session=True)
+    wait_for(lambda: len(back.received) == 3000, 30, what="all of them")
+    assert [int(payload) for _, payload, _ in back.received] == list(range(3000))
+    back.close()
+    peer.close()
 
 
 # Who may connect ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from cloud.collector.mqtt import Collector, CollectorConfig
 from cloud.collector.tls import TlsFiles, tls_context
 from cloud.identity import authority as ca
 from cloud.identity.names import Role
+from cloud.identity.provisioning import Wanted
 from cloud.store.fleet_store import FleetStore
 from edge_agent.config import BrokerConfig
 from edge_agent.contract import messages, topics
@@ -22,7 +23,7 @@ from edge_agent.delivery.mqtt import Link
 from edge_agent.delivery.outbox import STREAMS, Outbox
 from edge_agent.delivery.uplink import Uplink
 from tests.brokers import Broker
-from tests.faults.test_collector import stored, until
+from tests.faults.test_collector import TYPE, event_body, stored, until
 from tests.faults.test_delivery import QUICK, VEHICLE, alert, envelope
 from tests.identities import Identities, Peer, TlsBroker, signed
 
@@ -160,6 +161,22 @@ async def test_two_collectors_with_one_identity_are_seen_and_nothing_is_lost(
         await until(vehicle.delivered, "everything acknowledged", 30)
         assert stored(tmp_path / "v.db") == list(range(1, vehicle.appended + 1))
     await asyncio.to_thread(vehicle.stop)
+
+
+async def test_an_event_a_vehicle_had_retained_comes_again_and_counts_once(
+    store: FleetStore, identities: Identities, broker: TlsBroker, tmp_path: Path
+) -> None:
+    second = identities.provisioning.add([Wanted(Role.COLLECTOR, "second", 365)])[0].folder
+    broker.reload()
+    vehicle = await asyncio.to_thread(Peer, broker.port, identities.vehicle("EV_1"))
+    vehicle.publish(topics.alert("EV_1", TYPE), event_body("EV_1", 1), retain=True)
+    for identity in (identities.collector(), second):
+        async with running(store, broker.port, files(identity)) as collector:
+            await until(lambda collector=collector: collector.counters["acks"] == 1, "the event comes, and is acked")
+            assert collector.counters["received"] == 1
+            assert collector.counters["duplicates"] == int(identity == second)
+    assert stored(tmp_path / "v.db") == [1]
+    vehicle.close()
 
 
 async def test_a_renewed_certificate_is_used_at_the_next_connection(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from cryptography import x509
@@ -165,6 +165,24 @@ def test_what_is_no_host_is_refused(host: str) -> None:
 def test_hosts_are_names_and_addresses_of_both_kinds() -> None:
     hosts = ("broker.example", "xn--brker-kua.example", "10.0.0.7", "fd00::7", "localhost")
     assert check_hosts((*hosts, "10.0.0.7")) == hosts
+
+
+def test_the_brokers_configuration_names_where_it_will_lie_and_is_the_operators_to_change(tmp_path: Path) -> None:
+    place = Provisioning(tmp_path / "identity")
+    place.init(("broker.example",), 18883, install=PurePosixPath("/etc/mosquitto/voltwatch"))
+    conf = tmp_path / "identity" / "broker" / "mosquitto.conf"
+    text = conf.read_text()
+    assert "\nlistener 18883\n" in text
+    for line in ("cafile /etc/mosquitto/voltwatch/ca.crt", "acl_file /etc/mosquitto/voltwatch/acl"):
+        assert f"\n{line}\n" in text
+    assert str(tmp_path) not in text
+    conf.write_text(text + "# mine\n")
+    place.add([Wanted(Role.VEHICLE, "EV_1", 1)])
+    place.revoke(Role.VEHICLE, "EV_1", "")
+    place.init(("broker.example",), 18883)
+    assert conf.read_text() == text + "# mine\n"
+    with pytest.raises(ConfigError, match="absolute path"):
+        Provisioning(tmp_path / "other").init(("broker.example",), install=PurePosixPath("relative"))
 
 
 def test_the_authoritys_key_is_never_overwritten(identities: Identities) -> None:
