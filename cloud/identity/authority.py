@@ -1,20 +1,22 @@
 """The certificate authority: keys, certificates and the revocation list. Time is handed in; nothing touches the disk.
 
-EC P-256 throughout (FIPS 186-5): every TLS library of a gateway has it, and a handshake costs a Raspberry Pi a few
-milliseconds. A certificate is for one side only (RFC 5280, 4.2.1.12): the key of a stolen vehicle cannot play the
-broker, the broker's cannot play a client.
+EC P-256 for every key made here (FIPS 186-5): every TLS library of a gateway has it, and a handshake costs a Raspberry
+Pi a few milliseconds. A certificate is for one side only (RFC 5280, 4.2.1.12): the key of a stolen vehicle cannot play
+the broker, the broker's cannot play a client.
 """
 
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -25,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cloud.identity.names import Role, address
 from edge_agent.contract.errors import ConfigError
 
+PublicKey: TypeAlias = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 CA_DAYS = 30 * 365  # longer than a vehicle's life: changing it means touching every vehicle
 SKEW = timedelta(hours=1)  # the broker's clock may be behind the provisioning machine's
 # What a vehicle checks is valid from the epoch: a Raspberry Pi without a clock boots in 1970 and must still connect.
@@ -53,9 +56,10 @@ def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return a private key as PEM (PKCS 8), not encrypted: it is read by services that start unattended."""
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes = b"") -> bytes:
+    """Return a private key as PEM (PKCS 8). Without a passphrase it is read by services that start unattended."""
+    encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
 
 
 def new_authority(at: datetime) -> Authority:
@@ -74,21 +78,48 @@ def new_authority(at: datetime) -> Authority:
     return Authority(key, certificate)
 
 
-def load_authority(key: bytes, certificate: bytes, origin: str) -> Authority:
+def load_authority(key: bytes, certificate: bytes, origin: str, passphrase: bytes = b"") -> Authority:
     """Read an authority from its two files. Raises `ConfigError` for files that are damaged or not of one authority."""
+    encrypted = b"ENCRYPTED" in key
+    if encrypted and not passphrase:
+        raise ConfigError(f"authority {origin}: its key is encrypted; set VOLTWATCH_CA_PASSPHRASE")
     try:
-        private = load_pem_private_key(key, password=None)
+        private = load_pem_private_key(key, password=passphrase if encrypted else None)
         public = x509.load_pem_x509_certificate(certificate)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if encrypted:
+            raise ConfigError(f"authority {origin}: VOLTWATCH_CA_PASSPHRASE does not open its key") from error
         raise ConfigError(f"authority {origin}: its files cannot be read; restore them from your backup") from error
     if not isinstance(private, ec.EllipticCurvePrivateKey) or private.public_key() != public.public_key():
         raise ConfigError(f"authority {origin}: ca.key and ca.crt do not belong together; restore them from backup")
     return Authority(private, public)
 
 
+def requested_key(request: bytes, common_name: str, origin: str) -> PublicKey:
+    """Return the public key of a signing request (PKCS 10), whose owner has shown that the private one is theirs.
+
+    Of what else it asks for nothing is taken over. Raises `ConfigError` for one that is damaged, names somebody else,
+    or has a key that is too weak.
+    """
+    try:
+        asked = x509.load_pem_x509_csr(request)
+        genuine, key = asked.is_signature_valid, asked.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"request {origin}: is no signing request in PEM") from error
+    names = [name.value for name in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if not genuine or names not in ([], [common_name]):
+        reason = f"asks for {names!a}, not for {common_name}" if genuine else "is not signed by its own key"
+        raise ConfigError(f"request {origin}: {reason}")
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
+        return key
+    if isinstance(key, rsa.RSAPublicKey) and 2048 <= key.key_size <= 4096:  # what older security chips have
+        return key
+    raise ConfigError(f"request {origin}: its key must be EC P-256 or P-384, or RSA of 2048 to 4096 bits")
+
+
 def issue(
     authority: Authority,
-    public_key: ec.EllipticCurvePublicKey,
+    public_key: PublicKey,
     common_name: str,
     role: Role,
     *,
@@ -153,7 +184,7 @@ def certificate_in(pem: bytes) -> x509.Certificate | None:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, serial: int, since: datetime, until: datetime
+    subject: x509.Name, issuer: x509.Name, key: PublicKey, serial: int, since: datetime, until: datetime
 ) -> x509.CertificateBuilder:
     return x509.CertificateBuilder(
         issuer_name=issuer, subject_name=subject, public_key=key, serial_number=serial,

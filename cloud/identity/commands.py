@@ -1,5 +1,6 @@
 """`fleet-cloud provision …`: arguments in, what is there now and what to do next out. Keys are never shown."""
 
+import os
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -25,11 +26,16 @@ provision = typer.Typer(
     no_args_is_help=True,
     help="""Identities of vehicles and servers: make certificates, renew and revoke them, tell the broker.
 
-    Begin with `init`, then `vehicle` for each vehicle. Keep the folder where only you can read it, and back it up.""",
+    Begin with `init`, then `vehicle` for each vehicle. Keep the folder where only you can read it, and back it up.
+    VOLTWATCH_CA_PASSPHRASE, where it is set, encrypts the authority's key.""",
 )
 
 Folder = Annotated[
     Path, typer.Option("--output", "--identity", envvar="VOLTWATCH_IDENTITY", help="The folder of identities.")
+]
+Request = Annotated[
+    Path | None,
+    typer.Option("--csr", help="Signing request made on the vehicle, for one: its key stays there, as vehicle.key."),
 ]
 Days = Annotated[int, typer.Option(help="Valid so many days; 0: the role's own.", min=0, max=MAX_DAYS)]
 WhichRole = Annotated[Role, typer.Option(help="Whose it is.")]
@@ -53,7 +59,7 @@ def init(
 ) -> None:
     """Make the authority, the broker's folder and the collector's certificate. Run again, it changes nothing."""
     install = PurePosixPath(install_path) if install_path else None
-    made = Provisioning(output).init(tuple(broker_host), broker_port, install=install, days=days)
+    made = _place(output).init(tuple(broker_host), broker_port, install=install, days=days)
     _say(made)
     collector = output / Role.COLLECTOR / DEFAULT_COLLECTOR
     print(f"broker: mosquitto -c {output / BROKER / 'mosquitto.conf'}")
@@ -73,15 +79,20 @@ def vehicle(
         Path | None,
         typer.Option(help="What agent.toml says for all vehicles of the make: source, bundle, …; see the README."),
     ] = None,
+    csr: Request = None,
     days: Days = 0,
 ) -> None:
     """Make vehicles' certificates, each in a folder with its agent.toml that is copied to the vehicle as it is."""
-    place = Provisioning(output)
+    place = _place(output)
     host, port = place.broker()
+    request = _request(csr, vehicle_id)
     wanted = [
-        Wanted(Role.VEHICLE, name, days or DAYS[Role.VEHICLE], vehicle_files(name, make, config, host, port))
+        Wanted(
+            Role.VEHICLE, name, days or DAYS[Role.VEHICLE],
+            vehicle_files(name, make, config, host, port, own_key=csr is not None), request,
+        )
         for name in dict.fromkeys(vehicle_id)
-    ]
+    ]  # fmt: skip
     _say(place.add(wanted))
 
 
@@ -117,6 +128,7 @@ def renew(
         int | None, typer.Option(help="All of the role whose newest certificate ends within so many days.", min=0)
     ] = None,
     broker_host: Annotated[list[str] | None, typer.Option(help="For the broker: other names than before.")] = None,
+    csr: Request = None,
     days: Days = 0,
 ) -> None:
     """Make a new key and certificate in the owner's folder; the one before works on until it ends or is revoked."""
@@ -124,12 +136,13 @@ def renew(
         raise ConfigError("say whose certificate to renew, or --due DAYS")
     if broker_host and role is not Role.BROKER:
         raise ConfigError("--broker-host is for the broker: add --role broker")
-    place = Provisioning(output)
+    place = _place(output)
     names = list(dict.fromkeys(name or ()))
     if due is not None:
         newest = {listed.entry.name: listed for listed in place.listing(role)}
         names = [n for n, listed in newest.items() if listed.state != "revoked" and listed.days_left < due]
-    made = place.renew(role, names, days=days, hosts=tuple(broker_host or ()))
+    request = _request(csr, names)
+    made = place.renew(role, names, days=days, hosts=tuple(broker_host or ()), request=request)
     _say(made)
     if not made:
         print(f"no {role}'s certificate ends within {timedelta(days=due or 0).days} days")
@@ -151,7 +164,7 @@ def revoke(
     older: Annotated[bool, typer.Option("--older", help="All but the newest: after a renewal has arrived.")] = False,
 ) -> None:
     """Revoke certificates: the broker refuses them, and the name may do nothing, once it has read the two files."""
-    due = Provisioning(output).revoke(role, name, reason, older=older)
+    due = _place(output).revoke(role, name, reason, older=older)
     for entry in due:
         print(f"{name}: revoked {entry.serial}, issued {entry.issued}")
     if due:
@@ -168,7 +181,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
 ) -> None:
     """List every certificate: whose, its state, until when, and whether it still lies in its folder."""
-    listed = Provisioning(output).listing(role)
+    listed = _place(output).listing(role)
     if as_json:
         rows = [
             {**msgspec.to_builtins(one.entry), "state": one.state, "days_left": one.days_left, "here": one.here}
@@ -185,8 +198,23 @@ def show(
         )
 
 
+def _place(output: Path) -> Provisioning:
+    return Provisioning(output, passphrase=os.environ.get("VOLTWATCH_CA_PASSPHRASE", "").encode())
+
+
+def _request(csr: Path | None, names: list[str]) -> bytes:
+    if csr is None:
+        return b""
+    if len(names) != 1:
+        raise ConfigError("--csr is one vehicle's: name one")
+    try:
+        return csr.read_bytes() or b"empty"
+    except OSError as error:
+        raise ConfigError(f"request {csr}: {(error.strerror or str(error)).lower()}") from error
+
+
 def _add_service(role: Role, name: str, output: Path, days: int) -> None:
-    made = Provisioning(output).add([Wanted(role, name, days or DAYS[role])])
+    made = _place(output).add([Wanted(role, name, days or DAYS[role])])
     _say(made)
     if made[0].made:
         print(f"copy {output / BROKER}/acl to the broker's folder and reload it (SIGHUP)")

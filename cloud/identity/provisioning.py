@@ -42,12 +42,16 @@ _UNDELIVERED = "never delivered"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An identity to be there: its owner, and the files that go with it beside certificate and authority."""
+    """An identity to be there: its owner, and the files that go with it beside certificate and authority.
+
+    With a signing `request` (PEM) the key is the owner's own and never comes here: only its certificate is delivered.
+    """
 
     role: Role
     name: str
     days: int
     files: Mapping[str, Content] = field(default_factory=dict)
+    request: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,16 @@ class Listed:
 
 
 class Provisioning:
-    """The identities in `folder`. `now` is the clock. Raises `ConfigError`, `UnavailableError` and `MessageError`."""
+    """The identities in `folder`. `passphrase` opens the authority's key, if it has one; `now` is the clock.
 
-    def __init__(self, folder: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    Raises `ConfigError`, `UnavailableError` and `MessageError`.
+    """
+
+    def __init__(
+        self, folder: Path, *, passphrase: bytes = b"", now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self.folder = folder
+        self._passphrase = passphrase
         self._now = now
 
     # What a command asks for ------------------------------------------------------------------------------------
@@ -114,7 +124,9 @@ class Provisioning:
             authority, book = self._ready(at)
             return self._ensure(authority, book, wanted, at)
 
-    def renew(self, role: Role, names: Sequence[str], *, days: int = 0, hosts: tuple[str, ...] = ()) -> list[Delivered]:
+    def renew(
+        self, role: Role, names: Sequence[str], *, days: int = 0, hosts: tuple[str, ...] = (), request: bytes = b""
+    ) -> list[Delivered]:
         """Give each a new key and certificate; the old one works on until it ends or is revoked."""
         at = self._time()
         with durable.locked(self.folder):
@@ -125,7 +137,7 @@ class Provisioning:
                     raise _unknown(book, role, name)
             if hosts:
                 book = self._save(msgspec.structs.replace(book, hosts=check_hosts(hosts)))
-            wanted = [Wanted(role, name, days or DAYS[role]) for name in names]
+            wanted = [Wanted(role, name, days or DAYS[role], request=request) for name in names]
             return self._issue(authority, book, wanted, at)
 
     def revoke(self, role: Role, name: str, reason: str, *, older: bool = False) -> tuple[Entry, ...]:
@@ -147,7 +159,7 @@ class Provisioning:
     def listing(self, role: Role | None = None) -> list[Listed]:
         """Return every certificate, oldest first."""
         at = self._time()
-        _, book = self._open()
+        book = self._book()
         listed = []
         for entry in book.entries:
             if role in {None, entry.role}:
@@ -158,7 +170,7 @@ class Provisioning:
 
     def broker(self) -> tuple[str, int]:
         """Return the host and port that vehicles connect to."""
-        _, book = self._open()
+        book = self._book()
         return book.hosts[0], book.port
 
     # The register and what is made from it ----------------------------------------------------------------------
@@ -169,7 +181,10 @@ class Provisioning:
             if self._register.exists():
                 raise ConfigError(f"{self.folder}/ca: the authority's files are gone; restore them from your backup")
             made = ca.new_authority(at)
-            pem = {"ca.key": Content(ca.key_pem(made.key), SECRET), "ca.crt": Content(made.certificate_pem(), PUBLIC)}
+            pem = {
+                "ca.key": Content(ca.key_pem(made.key, self._passphrase), SECRET),
+                "ca.crt": Content(made.certificate_pem(), PUBLIC),
+            }
             durable.place(self.folder / "ca", pem)
         if not self._register.exists():
             self._save(Register(hosts=hosts, port=port))
@@ -180,19 +195,23 @@ class Provisioning:
         return authority, self._settle(authority, book, at)
 
     def _open(self) -> tuple[Authority, Register]:
-        files: dict[str, bytes] = {}
-        for name in ("ca/ca.key", "ca/ca.crt", "register.json"):
-            try:
-                files[name] = (self.folder / name).read_bytes()
-            except FileNotFoundError as error:
-                if not self._register.exists():
-                    raise SourceError(f"{self.folder} holds no identities; begin with `provision init`") from error
-                raise ConfigError(f"{self.folder / name} is missing; restore it from your backup") from error
-            except OSError as error:
-                reason = (error.strerror or str(error)).lower()
-                raise ConfigError(f"{self.folder / name} cannot be read: {reason}") from error
-        authority = ca.load_authority(files["ca/ca.key"], files["ca/ca.crt"], str(self.folder / "ca"))
-        return authority, register.decode(files["register.json"], str(self._register))
+        book = self._book()
+        key, certificate = self._read("ca/ca.key"), self._read("ca/ca.crt")
+        return ca.load_authority(key, certificate, str(self.folder / "ca"), self._passphrase), book
+
+    def _book(self) -> Register:
+        if not self._register.exists():
+            raise SourceError(f"{self.folder} holds no identities; begin with `provision init`")
+        return register.decode(self._read("register.json"), str(self._register))
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self.folder / name} is missing; restore it from your backup") from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"{self.folder / name} cannot be read: {reason}") from error
 
     def _settle(self, authority: Authority, book: Register, at: datetime) -> Register:
         """Decide what a killed process left pending, and make list and ACL say what the register says."""
@@ -282,15 +301,19 @@ class Provisioning:
         return delivered
 
     def _sign(self, authority: Authority, book: Register, wanted: Wanted, at: datetime) -> tuple[Entry, bytes]:
-        key = ca.new_key()
         called = common_name(wanted.role, wanted.name)
         hosts = book.hosts if wanted.role is Role.BROKER else ()
-        signed = ca.issue(authority, key.public_key(), called, wanted.role, at=at, days=wanted.days, hosts=hosts)
+        if wanted.request:
+            private, public = b"", ca.requested_key(wanted.request, called, f"of {wanted.name}")
+        else:
+            key = ca.new_key()
+            private, public = ca.key_pem(key), key.public_key()
+        signed = ca.issue(authority, public, called, wanted.role, at=at, days=wanted.days, hosts=hosts)
         entry = Entry(
             serial=f"{signed.serial_number:x}", role=wanted.role, name=wanted.name, common_name=called,
             issued=_iso(at), until=_iso(signed.not_valid_after_utc), state="pending",
         )  # fmt: skip
-        return entry, ca.key_pem(key) + ca.certificate_pem(signed)
+        return entry, private + ca.certificate_pem(signed)
 
     def _deliver(self, authority: Authority, book: Register, wanted: Wanted, pem: bytes, at: datetime) -> None:
         """Put an identity into its folder: a new one whole, in one that is there the one file that changes."""

@@ -12,6 +12,7 @@ from cloud.identity.durable import PUBLIC, Content
 from cloud.identity.names import Role, check_hosts, common_name
 from edge_agent.contract.errors import ConfigError
 
+OWN_KEY = "vehicle.key"
 _OURS = ("vehicle_id", "make", "mqtt")
 _COPIED = (("source", "mapping"), ("source", "dbc"), ("schema",), ("update", "root"))
 _DEFAULT = """\
@@ -26,8 +27,13 @@ channel = "can0"
 """
 
 
-def vehicle_files(vehicle_id: str, make: str, base: Path | None, host: str, port: int) -> dict[str, Content]:
-    """Return `agent.toml` and the files beside it by name. Raises `ConfigError` for a base that cannot be used."""
+def vehicle_files(
+    vehicle_id: str, make: str, base: Path | None, host: str, port: int, *, own_key: bool = False
+) -> dict[str, Content]:
+    """Return `agent.toml` and the files beside it by name. Raises `ConfigError` for a base that cannot be used.
+
+    `own_key`: the vehicle made its key itself, and has it in `OWN_KEY` beside these files.
+    """
     files: dict[str, Content] = {}
     shared = _DEFAULT
     if base is not None:
@@ -45,8 +51,8 @@ def vehicle_files(vehicle_id: str, make: str, base: Path | None, host: str, port
 host = "{host}"
 port = {port}
 ca = "ca.crt"
-certificate = "identity.pem"   # the certificate and its key are one file
-key = "identity.pem"
+certificate = "identity.pem"
+key = "{OWN_KEY if own_key else "identity.pem"}"
 """
     _parse(text, f"for {vehicle_id}")
     files["agent.toml"] = Content(text.encode(), PUBLIC)
@@ -80,7 +86,7 @@ def _copy(base: Path, table: dict[str, Any], keys: tuple[str, ...], files: dict[
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, str) or value != PurePosixPath(value).name or value in {"", ".", ".."}:
         return
-    if value in {"agent.toml", "ca.crt", "identity.pem"}:
+    if value in {"agent.toml", "ca.crt", "identity.pem", OWN_KEY}:
         raise ConfigError(f"base configuration {base}: {'.'.join(keys)} must not be named {value}")
     try:
         files[value] = Content((base.parent / value).read_bytes(), PUBLIC)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -511,3 +513,67 @@ def test_no_command_shows_a_key(identities: Identities) -> None:
 
 def _joined(path: Path) -> bytes:
     return b"".join(path.read_bytes().split())
+
+
+# A key of the vehicle's own, and a passphrase -------------------------------------------------------------------
+
+
+def request_for(name: str, key: object, folder: Path) -> Path:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)] if name else [])
+    asked = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    asked = asked.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)  # greedy
+    path = folder / "request.csr"
+    path.write_bytes(asked.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize("name", ["", "EV_1"])
+def test_a_key_made_on_the_vehicle_never_leaves_it(identities: Identities, tmp_path: Path, name: str) -> None:
+    key = ca.new_key()
+    csr = str(request_for(name, key, tmp_path))
+    told = fleet_cloud("vehicle", "EV_1", "--csr", csr, "--output", str(identities.folder))
+    assert told.returncode == 0, told.stderr
+    folder = identities.folder / "vehicle" / "EV_1"
+    assert b"PRIVATE" not in (folder / "identity.pem").read_bytes()
+    certificate = x509.load_pem_x509_certificate((folder / "identity.pem").read_bytes())
+    assert certificate.public_key() == key.public_key()
+    assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca, "as we say, not it"
+    (folder / "vehicle.key").write_bytes(ca.key_pem(key))
+    config = load_config(folder / "agent.toml")
+    context = ssl.create_default_context(cafile=config.mqtt.ca)
+    context.load_cert_chain(config.mqtt.certificate, config.mqtt.key)
+
+
+def test_a_request_that_is_somebody_elses_weak_or_no_request_is_refused(identities: Identities, tmp_path: Path) -> None:
+    before = tree(identities.folder)
+    good = request_for("EV_1", ca.new_key(), tmp_path).read_bytes()
+    flipped = bytearray(x509.load_pem_x509_csr(good).public_bytes(Encoding.DER))
+    flipped[-1] ^= 1
+    forged = x509.load_der_x509_csr(bytes(flipped)).public_bytes(Encoding.PEM)
+    weak = request_for("EV_1", rsa.generate_private_key(65537, 1024), tmp_path).read_bytes()  # noqa: S505
+    other_kind = request_for("EV_1", ec.generate_private_key(ec.SECP192R1()), tmp_path).read_bytes()
+    for name, request, line in (
+        ("EV_2", good, "asks for"), ("EV_1", forged, "not signed by its own key"), ("EV_1", weak, "must be EC"),
+        ("EV_1", other_kind, "must be EC"), ("EV_1", b"empty", "no signing request"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=line):
+            identities.provisioning.add([Wanted(Role.VEHICLE, name, 1, request=request)])
+    assert tree(identities.folder) == before
+
+
+def test_a_passphrase_keeps_the_authoritys_key_from_who_finds_the_backup(tmp_path: Path) -> None:
+    folder = tmp_path / "identity"
+    locked = Provisioning(folder, passphrase=b"correct horse")
+    locked.init(("localhost",))
+    assert b"ENCRYPTED PRIVATE KEY" in (folder / "ca" / "ca.key").read_bytes()
+    locked.add([Wanted(Role.VEHICLE, "EV_1", 1)])
+    before = tree(folder)
+    with pytest.raises(ConfigError, match="set VOLTWATCH_CA_PASSPHRASE"):
+        Provisioning(folder).add([Wanted(Role.VEHICLE, "EV_2", 1)])
+    wrong = {"VOLTWATCH_CA_PASSPHRASE": "wrong staple"}
+    told = fleet_cloud("vehicle", "EV_2", "--output", str(folder), **wrong)
+    assert told.returncode == 78
+    assert "does not open its key" in told.stderr
+    assert "staple" not in told.stderr
+    assert len(Provisioning(folder).listing()) == 3, "who only looks needs no key"
+    assert tree(folder) == before
