@@ -22,13 +22,14 @@ from cloud.training.recording import blocks, read_columns
 from cloud.training.vehicle import feature_runner
 from cloud.work.life_cycle import Action, ActionName
 from edge_agent.contract import messages, topics
+from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.mapping import Masked
 from edge_agent.contract.messages import Severity
 from edge_agent.contract.samples import SampleWindow, pack
 from edge_agent.contract.signals import SEVERITIES
 from edge_agent.pipeline import drift
 from edge_agent.pipeline.ingest import Ingest
-from edge_agent.pipeline.outcomes import Window
+from edge_agent.pipeline.outcomes import Sampled, Window
 from edge_agent.pipeline.window import Windower
 from export.features import State
 from firmware_sim import fleet
@@ -39,7 +40,7 @@ CATALOGUE = load_catalogue(CONFIG, DEFAULT_CONFIG)
 MAPPING, _ = load_mapping(CONFIG, DEFAULT_CONFIG)
 RUNNER = feature_runner(CATALOGUE, CONFIG.window)
 NOW = 1_772_000_000.0
-AROUND = (-10, -5, 0, 2, 4)  # windows, a minute each, of which five make one window's length
+AROUND = (-10, -5, 0, 5)  # windows, a minute each, of which five make one length: as the agent samples an alert
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,12 @@ def drive(spec: fleet.FleetSpec, vehicles: list[Vehicle], folder: Path) -> Itera
         yield Driven(vehicle, windows, states)
 
 
+def arrivals_of(recording: Path) -> list[ArrivalBlock]:
+    return list(blocks(read_columns((recording,), "test"), MAPPING, CATALOGUE, "test", Masked()))
+
+
 def windows_of(recording: Path) -> Iterator[Window]:
-    arrivals = list(blocks(read_columns((recording,), "test"), MAPPING, CATALOGUE, "test", Masked()))
+    arrivals = arrivals_of(recording)
     cells, probes = arrivals[0].cell_voltage.shape[1], arrivals[0].cell_temperature.shape[1]
     take, windower = Ingest(), Windower(CATALOGUE, CONFIG.window, MAPPING.source.period_s, cells, probes)
     for block in arrivals:
@@ -122,6 +127,16 @@ def sample(driven: Driven, row: int, *, alert: "TestAlert | None" = None, state_
         sha256=hashlib.sha256(packed).hexdigest(),
         packed=packed,
     )
+
+
+def from_vehicle(vehicle_id: str, told: Sampled) -> LakeSample:
+    """A sample that a vehicle's own pipeline chose, as it lies in the lake."""
+    return LakeSample(
+        vehicle_id=vehicle_id, sample_id=f"{vehicle_id}-{told.key}", reason=told.reason, alert_id=told.alert_id,
+        failure_type=told.failure_type, stratum=told.stratum, end_s=told.end_s, received_at_s=NOW,
+        model_release=told.model_release, state_id=told.state_id, coverage=told.coverage, elapsed_s=told.elapsed_s,
+        sha256=hashlib.sha256(told.packed).hexdigest(), packed=told.packed,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,8 +151,8 @@ def _figure(
 
 def _ranking(
     frozen: Frozen, name: str, part: Part, values: tuple[FloatArray | None, FloatArray | None]
-) -> tuple[Paired, int] | None:
-    """Average precision of one head, every vehicle's positives and negatives weighing the same; and who carries it."""
+) -> tuple[Paired, npt.NDArray[np.int64]] | None:
+    """Average precision of one head, every vehicle's positives and negatives the same; and the vehicles that fail."""
     positive, used = targets(frozen.windows, FAILURE if name == ANOMALY else name)
     rows = np.flatnonzero(used & frozen.mask(part))
     truth, vehicle = positive[rows], frozen.number[rows]
@@ -168,7 +168,7 @@ def _ranking(
         first, second = (NAN if r is None else r.pr_auc(of_window) for r in ranked)
         return first, second
 
-    return metric, len(np.unique(vehicle[truth]))
+    return metric, np.unique(vehicle[truth])
 
 
 def _head(
@@ -182,24 +182,31 @@ def _head(
         return of.scores.anomaly if name == ANOMALY else of.scores.failure
 
     found = _ranking(frozen, name, "all", (value(both[0]), value(both[1])))
-    return None if found is None else _figure(f"pr_auc.{name}", "all", "higher", "", found[1], found[0], draws)
+    return None if found is None else _figure(f"pr_auc.{name}", "all", "higher", "", len(found[1]), found[0], draws)
 
 
 def _types(
     frozen: Frozen, both: tuple[Contestant, Contestant], part: Part, draws: npt.NDArray[np.int64]
 ) -> Figure | None:
-    """Average precision, averaged over the types that the part shows: what alerts are made of."""
+    """Average precision over the types that the part shows, each by its failing vehicles: what alerts are made of.
+
+    A type that a single vehicle shows would else carry as much as one that ten do.
+    """
     count = len(frozen.windows)
     heads = []
     for i, name in enumerate(FAILURE_TYPES):
         found = _ranking(frozen, name, part, (both[0].types(count)[:, i], both[1].types(count)[:, i]))
         if found is not None:
-            heads.append(found[0])
+            heads.append(found)
 
     def metric(weight: FloatArray) -> tuple[float, float]:
-        values = np.array([head(weight) for head in heads])
-        known = values[np.isfinite(values).all(axis=1)]  # a type none of whose vehicles was drawn says nothing
-        return (float(known[:, 0].mean()), float(known[:, 1].mean())) if len(known) else (NAN, NAN)
+        total = first = second = 0.0
+        for head, failing in heads:
+            witnesses = float(weight[failing].sum())
+            a, b = head(weight) if witnesses > 0 else (NAN, NAN)
+            if math.isfinite(a) and math.isfinite(b):  # a type none of whose vehicles was drawn says nothing
+                total, first, second = total + witnesses, first + witnesses * a, second + witnesses * b
+        return (first / total, second / total) if total > 0 else (NAN, NAN)
 
     if not heads:
         return None

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from cloud.lake.lake import url_name
 from cloud.store.fleet_store import FleetStore
 from cloud.store.training_rows import judged_alerts, makes
 from cloud.training import champion as champions
@@ -168,18 +169,19 @@ def _require_labels(places: Places, read: Read, learned: list[SampledWindow], da
     if read.samples == 0:
         files = f" ({len(damaged)} damaged files; {damaged[0]})" if damaged else ""
         raise SourceError(
-            f"lake {places.lake}: holds no sample that can be read{files}; there is nothing to learn from"
+            f"lake {url_name(places.lake)}: holds no sample that can be read{files}; there is nothing to learn from"
         )
     if any(w.label.meaning in JUDGED for w in learned):
         return
+    name = url_name(places.lake)
     if any(w.label.meaning in JUDGED for w in read.windows):
         raise SourceError(
-            f"lake {places.lake}: every vehicle with a judged alert is a held-out one; nothing is left to learn from: "
+            f"lake {name}: every vehicle with a judged alert is a held-out one; nothing is left to learn from: "
             f"wait for alerts of more vehicles to be judged"
         )
     most = f"; most: {read.unused.most_common(1)[0][0]}" if read.unused else ""
     raise SourceError(
-        f"lake {places.lake}: none of its {read.samples} samples has a usable verdict of a person{most}; confirm "
+        f"lake {name}: none of its {read.samples} samples has a usable verdict of a person{most}; confirm "
         f"alerts or call them false alarms first (POST /v1/alerts/ID/confirm, …/false-alarm)"
     )
 
