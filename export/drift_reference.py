@@ -9,7 +9,7 @@ drift, limit by limit, is `drift_limits`' business.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ def build_reference(
 
     Raises `BundleError` when a file of the dataset is missing or unfit.
     """
-    train = read_windows(datasets / "train_full.parquet", len(graph.feature_names)).healthy_ones()
+    train = _train(datasets, len(graph.feature_names)).healthy_ones()
     validation = read_windows(datasets / "val_full.parquet", len(graph.feature_names))
     validation = validation.healthy_ones() if len(validation.features) else train
     position = {name: i for i, name in enumerate(graph.feature_names)}
@@ -108,6 +108,18 @@ def build_reference(
         msgspec.structs.replace(variable, limits=limits.get(variable.name, {})) for part in filled for variable in part
     )
     return DriftReference(variables=variables, calibration=calibration)
+
+
+def _train(datasets: Path, features: int) -> "Windows":
+    """Read the training vehicles' windows with their state carried, as on a vehicle.
+
+    A dataset of before has only those that training learns from, where some sessions begin with an empty state: what
+    they count is no sound ground for limits, so their vehicles are not told.
+    """
+    carried = datasets / "feature_sample.parquet"
+    if carried.exists():
+        return read_windows(carried, features)
+    return replace(read_windows(datasets / "train_full.parquet", features), vehicle=None, end_s=None)
 
 
 def _signals(path: Path, graph: FeatureGraph) -> Counting:
@@ -187,12 +199,13 @@ class Windows:
 
 def read_windows(path: Path, features: int) -> Windows:
     """Read a split's natural windows. Raises `BundleError`."""
-    table = read_table(path, ("stratum", "features", "pooled"), optional=("variant", "vehicle_id", "end_s", "healthy"))
+    optional = ("pooled", "variant", "vehicle_id", "end_s", "healthy")
+    table = read_table(path, ("stratum", "features"), optional=optional)
     there = set(table.column_names)
     if "variant" in there:
         table = table.filter(pc.equal(table["variant"], NATURAL))
-    pooled = _matrix(table, "pooled")
     matrix = _matrix(table, "features")
+    pooled = _matrix(table, "pooled") if "pooled" in there else np.empty((len(matrix), 0), np.float32)
     if len(matrix) and matrix.shape[1] != features:
         raise BundleError(f"{path}: has {matrix.shape[1]} features, this version's graph gives {features}")
     return Windows(

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from cloud.training.dataset import (
     DATASET,
     EPISODES,
+    FEATURE_SAMPLE,
     GOLDEN_WINDOWS,
     NORMALISATION,
     SIGNAL_SAMPLE,
@@ -104,7 +105,9 @@ def append(
     stats = {**read_normalisation(base), "features": feature_statistics(usual, info.features)}
     (output / NORMALISATION).write_text(json.dumps(stats, indent=1, allow_nan=False) + "\n")
     _write_episodes(base, held_episodes(windows), sides, output)
-    for name in (SIGNAL_SAMPLE, GOLDEN_WINDOWS):
+    # a base of before the drift limits has no sample of features
+    features = (FEATURE_SAMPLE,) if (base / FEATURE_SAMPLE).exists() else ()
+    for name in (SIGNAL_SAMPLE, *features, GOLDEN_WINDOWS):
         try:
             shutil.copyfile(base / name, output / name)
         except OSError as error:

@@ -25,6 +25,7 @@ from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES
 DATASET = "dataset.json"
 NORMALISATION = "normalization_stats.json"
 SIGNAL_SAMPLE = "signal_sample.parquet"
+FEATURE_SAMPLE = "feature_sample.parquet"  # of the drift reference: training vehicles with their state carried
 GOLDEN_WINDOWS = "golden_windows.npz"
 EPISODES = "episodes.parquet"
 

@@ -22,6 +22,7 @@ from cloud.training.config import TrainingConfig
 from cloud.training.dataset import (
     DATASET,
     EPISODES,
+    FEATURE_SAMPLE,
     GOLDEN_WINDOWS,
     NORMALISATION,
     SIGNAL_SAMPLE,
@@ -147,6 +148,7 @@ def _write(results: list[VehicleResult], run: Run, data_sha256: str) -> DatasetI
             "episodes": sum(len(episodes.get(r.vehicle.vehicle_id, [])) for r in part),
         }
     _write_sample(results, output, catalogue)
+    _write_features(results, output)
     _write_normalisation(results, output, catalogue, runner.feature_names)
     _write_golden(results, output, run.config)
     _write_episodes(run)
@@ -241,6 +243,19 @@ def _write_sample(results: list[VehicleResult], output: Path, catalogue: Catalog
         {name: pa.array(np.ascontiguousarray(values[:, i])) for i, name in enumerate(catalogue.scalar_names)}
     )
     pq.write_table(pa.table(columns), output / SIGNAL_SAMPLE)
+
+
+def _write_features(results: list[VehicleResult], output: Path) -> None:
+    """Write what the drift reference counts: features as a vehicle sees them, whose state no session has emptied."""
+    held = [(r.vehicle.vehicle_id, r.carried) for r in results if r.carried is not None]
+    columns: dict[str, Any] = {
+        "vehicle_id": pa.array([vehicle for vehicle, rows in held for _ in rows.end_s], pa.string()),
+        "end_s": pa.array(np.concatenate([rows.end_s for _, rows in held])),
+        "stratum": pa.array(np.concatenate([rows.stratum for _, rows in held]).tolist(), pa.string()),
+        "healthy": pa.array(np.concatenate([rows.labels.healthy for _, rows in held])),
+        "features": _fixed_list(np.concatenate([rows.features for _, rows in held])),
+    }
+    pq.write_table(pa.table(columns), output / FEATURE_SAMPLE, compression="none")
 
 
 def _write_normalisation(

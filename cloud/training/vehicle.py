@@ -78,6 +78,7 @@ class VehicleResult:
     sample_stratum: npt.NDArray[np.str_]
     sample_healthy: npt.NDArray[np.bool_]
     sample_end_s: npt.NDArray[np.float64]  # [n] of their windows
+    carried: Rows | None  # of a training vehicle: its own windows with the state carried, as on the vehicle
     golden: tuple[Window, ...]
     counters: Counter[str] = field(default_factory=Counter)
 
@@ -120,6 +121,7 @@ def prepare_vehicle(task: VehicleTask) -> VehicleResult:
         sample_stratum=stratum,
         sample_healthy=healthy,
         sample_end_s=end_s,
+        carried=_featured(task, NATURAL, windows, 0.0, random) if task.split == TRAIN and windows else None,
         golden=_golden(task, [w for _, view, _ in views for w in view], random),
         counters=counters,
     )
