@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cloud.training import failure
@@ -80,6 +81,27 @@ def test_training_meets_fresh_sudden_slow_and_incomplete_vehicles(trained):
     info = read_info(folder / "datasets")
     assert set(read_split(folder / "datasets", TRAIN, info).variant.tolist()) >= {"natural", "decimated", "dropped"}
     assert set(read_split(folder / "datasets", TEST, info).variant.tolist()) >= {"natural", "fresh"}
+
+
+def test_the_drift_reference_is_given_what_vehicles_see_with_their_state_carried(trained):
+    """Every natural training window once; the same but for the slow state, which training empties in some sessions."""
+    folder, *_ = trained
+    info = read_info(folder / "datasets")
+    train = read_split(folder / "datasets", TRAIN, info)
+    natural = train.variant == "natural"
+    table = pq.read_table(folder / "datasets" / "feature_sample.parquet")
+    assert list(zip(table["vehicle_id"].to_pylist(), table["end_s"].to_pylist(), strict=True)) == list(
+        zip(train.vehicle[natural].tolist(), train.end_s[natural].tolist(), strict=True)
+    )
+    assert table["healthy"].to_pylist() == train.healthy[natural].tolist()
+    carried = np.array(table["features"].to_pylist(), np.float32)
+    differ = ~np.isclose(carried, train.features[natural], rtol=1e-4, atol=1e-5, equal_nan=True).all(axis=0)
+    names = [name for name, other in zip(info.features, differ, strict=True) if other]
+    assert any(name.endswith(".24h") for name in names)
+    assert not any(name.startswith("Vehicle.") for name in names)
+    sample = pq.read_table(folder / "datasets" / "signal_sample.parquet")
+    assert set(sample["vehicle_id"].to_pylist()) == set(train.vehicle.tolist())
+    assert {"end_s", "healthy", "stratum"} <= set(sample.column_names)
 
 
 def test_validation_and_test_windows_can_all_be_scored(trained):
