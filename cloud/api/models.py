@@ -166,7 +166,7 @@ class BrokerHealth(Answer):
     address: str = ""
     protocol: str = Field(default="", examples=["MQTT 5"])
     connected_since: str | None = None
-    detail: str = Field(default="", description="Why it is not connected, or why nothing is committed.")
+    detail: str = Field(default="", description="Why it is not connected or commits nothing, or soon will not.")
 
 
 class BundleHealth(Answer):

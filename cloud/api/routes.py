@@ -88,7 +88,7 @@ def _broker(running: Service) -> models.BrokerHealth:
         address=link.address,
         protocol=link.protocol,
         connected_since=None if link.since_s is None else iso(link.since_s),
-        detail=link.detail or running.collector.store_detail,
+        detail=link.detail or running.collector.store_detail or link.warning(running.wall()),
     )
 
 

@@ -28,7 +28,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from cloud.collector import ingest
-from cloud.collector.tls import TlsFiles, explain, explain_text, tls_context
+from cloud.collector.tls import TlsFiles, certificate_ends, explain, explain_text, tls_context
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from cloud.store.items import Item, ParkItem, RefusedItem
 from edge_agent.contract import messages, topics
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _RANGES_AN_ACK = 1024  # the contract's limit
 _SHORT_LIFE_S = 60.0  # a connection the broker ends sooner, several times in a row, has a rival or a broken broker
 _SUSPICIOUS = 3
+RENEW_WITHIN_S = 30 * 86_400.0  # time for a person to notice, and to act
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,13 @@ class Link:
     protocol: str = ""
     since_s: float | None = None  # Unix seconds
     detail: str = "not connected yet"
+    certificate_until_s: float | None = None  # Unix seconds; our own
+
+    def warning(self, now_s: float) -> str:
+        """Say that our certificate ends soon; empty while it does not."""
+        if self.certificate_until_s is None or self.certificate_until_s - now_s > RENEW_WITHIN_S:
+            return ""
+        return f"the collector's certificate ends at {iso_time(self.certificate_until_s)}; renew it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +254,8 @@ class Collector:
                 self._tls_detail = explain_text(text) or self._tls_detail
 
         client.tls_set_context(tls_context(self._config.tls))
+        ends = certificate_ends(self._config.tls)
+        self.link.certificate_until_s = None if ends is None else ends.timestamp()
         client.on_log = on_log  # in TLS 1.3 the broker's refusal follows the handshake, and paho only logs it
 
     def _subscriptions(self) -> list[tuple[str, Any]]:

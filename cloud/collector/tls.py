@@ -76,6 +76,11 @@ def tls_context(files: TlsFiles, now: datetime | None = None) -> ssl.SSLContext:
     return made
 
 
+def certificate_ends(files: TlsFiles) -> datetime | None:
+    """Return when our own certificate ends; None without one. Raises `ConfigError` for a file that holds none."""
+    return None if files.certificate is None else _load(files.certificate).not_valid_after_utc
+
+
 def explain(error: BaseException) -> str:
     """Return in plain words why a connection with TLS could not be made; empty where it was not TLS."""
     if isinstance(error, ConnectionResetError):
@@ -95,10 +100,7 @@ def explain_text(text: str) -> str:
 
 
 def _check(path: Path, now: datetime) -> None:
-    try:
-        certificate = x509.load_pem_x509_certificate(_read(path, "certificate"))
-    except ValueError as error:
-        raise ConfigError(f"broker certificate {path}: holds no certificate in PEM") from error
+    certificate = _load(path)
     until = certificate.not_valid_after_utc
     if until <= now:
         raise ConfigError(f"broker certificate {path}: expired at {until:%Y-%m-%dT%H:%M:%SZ}; renew it")
@@ -108,6 +110,13 @@ def _check(path: Path, now: datetime) -> None:
         return
     if ExtendedKeyUsageOID.CLIENT_AUTH not in purposes:
         raise ConfigError(f"broker certificate {path}: is a server's, not a client's")
+
+
+def _load(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path, "certificate"))
+    except ValueError as error:
+        raise ConfigError(f"broker certificate {path}: holds no certificate in PEM") from error
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -14,7 +14,7 @@ from cloud.collector.mqtt import Collector, CollectorConfig
 from cloud.collector.tls import TlsFiles, tls_context
 from cloud.identity import authority as ca
 from cloud.identity.names import Role
-from cloud.identity.provisioning import Wanted
+from cloud.identity.provisioning import DAYS, Wanted
 from cloud.store.fleet_store import FleetStore
 from edge_agent.config import BrokerConfig
 from edge_agent.contract import messages, topics
@@ -323,6 +323,21 @@ async def test_a_file_that_can_never_work_is_one_clear_line(identities: Identiti
         with pytest.raises(ConfigError, match=f"^broker {line}"):
             tls_context(bad)
     tls_context(files(identities.collector()))
+
+
+async def test_a_certificate_that_ends_soon_is_said_before_it_does(
+    store: FleetStore, identities: Identities, broker: TlsBroker
+) -> None:
+    now = datetime.now(UTC).timestamp()
+    async with running(store, broker.port, files(identities.collector())) as collector:
+        await until(lambda: collector.link.connected, "connected")
+        assert collector.link.warning(now) == ""
+        ends = now + DAYS[Role.COLLECTOR] * 86_400
+        assert collector.link.warning(ends - 31 * 86_400) == ""
+        assert "the collector's certificate ends at 20" in collector.link.warning(ends - 29 * 86_400)
+    async with running(store, broker.port, TlsFiles(identities.collector() / "ca.crt")) as without:
+        await until(lambda: without.link.detail != "not connected yet", "a reason")
+        assert without.link.warning(now) == ""
 
 
 async def test_no_key_is_in_what_the_collector_logs(

@@ -474,6 +474,19 @@ def test_provisioning_killed_at_any_step_leaves_no_half_identity(tmp_path: Path,
     assert kills > 3
 
 
+def test_a_full_disk_is_one_clear_line_and_the_next_run_completes(tmp_path: Path) -> None:
+    folder = tmp_path / "identity"
+    init = [sys.executable, "-m", "cloud", "provision", "init", "--output", str(folder), "--broker-host", "localhost"]
+    for number in (1, 4, 9):
+        full = ["-e", "trace=fsync", "-e", f"inject=fsync:error=ENOSPC:when={number}+"]
+        told = subprocess.run([*strace(*full), *init], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert told.returncode == 69, told.stderr
+        assert "no space left on device" in told.stderr
+        assert told.stderr.count("\n") == 1
+    assert subprocess.run(init, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    whole(folder, [])
+
+
 def test_two_at_once_are_serialised(tmp_path: Path) -> None:
     folder = tmp_path / "identity"
     names = ["EV_1", "EV_2", "EV_3"]
