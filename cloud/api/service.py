@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 
+from cloud.advice.advisor import Advisor
 from cloud.api.settings import Settings
 from cloud.api.telemetry import TelemetryService
 from cloud.collector.mqtt import Collector, CollectorConfig, parse_broker
@@ -55,6 +56,7 @@ class Service:
             except BundleError as error:  # guards still work; /health says why there is nothing more
                 log.error("api: %s", error)  # noqa: TRY400 - one line is all there is to say
                 self.bundle_detail = f"{error}; until then guards only"
+        self.advisor = Advisor(settings.manual, settings.embedding)
         self.store = FleetStore.over(settings.database_url)
         self.store_ready = False
         self.telemetry = TelemetryService(
