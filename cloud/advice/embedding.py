@@ -5,7 +5,9 @@ that is not there is `None`, not a fault. One text at a time: the int8 results o
 How the folder is made is `export.sentence_model`'s.
 """
 
+import contextlib
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +24,7 @@ from edge_agent.pipeline.inference import session_options
 
 DEFAULT_FOLDER = Path(sys.prefix) / "share" / "voltwatch" / "minilm"
 REBUILD = "build it again with `fleet-cloud advice-model`"
+_DIGEST = 32  # bytes of a sha256
 Vectors = npt.NDArray[np.float32]
 
 
@@ -46,7 +49,10 @@ class Manifest(msgspec.Struct, frozen=True):
 class Embedder:
     """A loaded sentence model. `name` is the model's; `sha256` that of its graph."""
 
-    def __init__(self, manifest: Manifest, session: ort.InferenceSession, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, session: ort.InferenceSession, tokenizer: Tokenizer
+    ) -> None:  # fmt: skip
+        self.folder = folder
         self.name = manifest.name
         self.sha256 = manifest.files["model.onnx"].sha256
         self.dimension = manifest.dimension
@@ -80,7 +86,7 @@ class Embedder:
             raise ConfigError(f"sentence model {folder}: does not load: {str(error)[:200]}; {REBUILD}") from error
         tokenizer.no_padding()
         tokenizer.enable_truncation(manifest.max_tokens)
-        return cls(manifest, session, tokenizer)
+        return cls(folder, manifest, session, tokenizer)
 
     def encode(self, texts: list[str]) -> Vectors:
         """Return [n, D], each row of unit length. A text of only unknown signs is still a vector."""
@@ -88,4 +94,25 @@ class Embedder:
         for row, text in enumerate(texts):
             ids = np.array([self._tokenizer.encode(text).ids], np.int64)
             vectors[row] = self._session.run(["vector"], {"ids": ids})[0]
+        return vectors
+
+    def remembered(self, texts: list[str]) -> Vectors:
+        """Return `encode(texts)` from a file beside the model where these very texts were encoded before.
+
+        A manual's 500 lines cost most of a second; a file that cannot be read or written costs only that.
+        """
+        asked = hashlib.sha256("\0".join((self.sha256, *texts)).encode()).hexdigest()
+        path = self.folder / f"vectors-{asked[:16]}.bin"  # the digest of what follows, then [n, D] float32
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if len(data) == _DIGEST + 4 * len(texts) * self.dimension and (
+                hashlib.sha256(data[_DIGEST:]).digest() == data[:_DIGEST]
+            ):
+                return np.frombuffer(data, "<f4", offset=_DIGEST).reshape(len(texts), self.dimension)
+        vectors = self.encode(texts)
+        content = vectors.astype("<f4").tobytes()
+        beside = path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            beside.write_bytes(hashlib.sha256(content).digest() + content)
+            beside.rename(path)
         return vectors

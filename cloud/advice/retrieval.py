@@ -118,9 +118,9 @@ class Index:
         if embedder is not None:
             lines = [(i, line) for i, s in enumerate(manual.sections) for line in (s.title, *s.symptoms, *s.steps)]
             self._owner = np.array([i for i, _ in lines])
-            self._lines = embedder.encode([line for _, line in lines])
-            self._summaries = embedder.encode([f"{s.title}. {'; '.join(s.symptoms)}" for s in manual.sections])
-            self._foreign = embedder.encode(list(manual.not_covered))
+            summaries = [f"{s.title}. {'; '.join(s.symptoms)}" for s in manual.sections]
+            vectors = embedder.remembered([*(line for _, line in lines), *summaries, *manual.not_covered])
+            self._lines, self._summaries, self._foreign = np.split(vectors, [len(lines), len(lines) + len(summaries)])
 
     def search(self, query: Query) -> Found:
         """Score every section of the manual; ties keep the manual's order."""

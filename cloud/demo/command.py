@@ -15,7 +15,7 @@ from rich.live import Live
 
 from cloud.demo import screen
 from cloud.demo.build import ROOT, build
-from cloud.demo.fleet_api import FleetApi
+from cloud.demo.fleet_api import FleetApi, advice_path
 from cloud.demo.processes import Processes, answers, free_port, port_is_free
 from edge_agent.contract.errors import UnavailableError
 
@@ -164,6 +164,8 @@ def _follow(api: FleetApi, processes: Processes, console: Console, speed: float,
                 if (alert["alert_id"], alert["transitions"]) not in shown:
                     shown.add((alert["alert_id"], alert["transitions"]))
                     console.print(screen.alert(alert, api.address))
+                    if alert["state"] != "cleared":
+                        console.print(screen.advice(api.advice(alert), api.address + advice_path(alert)))
             done = went_all_the_way(vehicles, alerts)
             if once and done:
                 break

@@ -2,6 +2,7 @@
 
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -38,6 +39,10 @@ class FleetApi:
         found: list[dict[str, Any]] = self._get("/alerts?limit=100")["alerts"]
         return found
 
+    def advice(self, alert: dict[str, Any]) -> dict[str, Any]:
+        """Return the repair advice on one of `alerts`."""
+        return self._get(advice_path(alert))
+
     def _get(self, path: str) -> dict[str, Any]:
         try:
             with urllib.request.urlopen(self.address + path, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - http, above
@@ -45,3 +50,8 @@ class FleetApi:
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise UnavailableError(f"{self.address}{path}: {error}") from error
         return body
+
+
+def advice_path(alert: dict[str, Any]) -> str:
+    """Return where the whole advice on an alert is, below the server's address."""
+    return f"/v1/alerts/{urllib.parse.quote(alert['alert_id'], safe='')}/advice?vehicle_id={alert['vehicle_id']}"

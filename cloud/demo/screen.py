@@ -1,5 +1,7 @@
 """How the demo looks: a live line per vehicle, and an alert in full. From the API's bodies to what rich shows."""
 
+import re
+import textwrap
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +11,7 @@ from rich.text import Text
 
 COLOURS = {"low": "yellow", "medium": "dark_orange", "high": "red", "critical": "bold red"}
 _HOT = 0.5  # of a probability, from which a line is shown in colour
+_STEPS, _STEP_CHARS = 3, 120
 _OF_CELLS = ("battery_degradation", "thermal_runaway_risk")
 _LEFT_OUT = ("anomaly_score", "worst_cell", "worst_cell_deviation_v", "failure_probability")
 
@@ -63,6 +66,36 @@ def alert(body: dict[str, Any], address: str) -> RenderableType:
     facts.add_row("read back", f"{address}/alerts?vehicle_id={body['vehicle_id']}")
     title = f"{body['vehicle_id']}: {body['failure_type']} {body['state']}"
     return Panel(Group(facts), title=Text(title, style=colour), expand=False)
+
+
+def advice(body: dict[str, Any], where: str) -> RenderableType:
+    """Show advice in short lines: safety first, what fits best with its first steps, and where the rest is."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, sections, with_steps in (
+        ("safety first", body["safety"], body["severity"] == "critical"),
+        ("then", body["sections"], True),
+    ):
+        for number, section in enumerate(sections):
+            table.add_row(heading if number == 0 else "", Text(section["id"], style="bold"), section["title"])
+            if number == 0 and with_steps:
+                for place, step in enumerate(section["steps"][:_STEPS], 1):
+                    table.add_row("", "", Text(f"{place}. {_short(step)}", style="dim"))
+    if body["outcome"] == "no_source":
+        table.add_row("no source", "", body["summary"].removeprefix("No source: "))
+    table.add_row(
+        "found", "", f"by {'words and meaning' if body['retrieval']['method'] == 'hybrid' else 'words alone'}"
+    )
+    table.add_row("all steps", "", where)
+    title = f"advice: {body['failure_type']}, {body['severity']}; the maker's manual goes first"
+    return Panel(table, title=Text(title, style="cyan"), expand=False)
+
+
+def _short(step: str) -> str:
+    """Return the first sentence of a step, cut where it is still long."""
+    return textwrap.shorten(re.split(r"(?<=[a-z)])\. ", step, maxsplit=1)[0], _STEP_CHARS, placeholder=" …")
 
 
 def _evidence(item: dict[str, Any]) -> str:

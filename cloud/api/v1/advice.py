@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Query
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field, StringConstraints
 
 from cloud.advice.advise import CITED, MAX_QUESTION_CHARS, Advice, Citation, Facts, Reason
 from cloud.api import models
@@ -22,23 +22,16 @@ from cloud.store.reading import Row
 router = APIRouter(prefix="/v1/alerts", tags=["advice"], dependencies=[Depends(only_known_parameters)], responses=WRONG)
 
 
-def _line(value: object) -> object:
-    if isinstance(value, str):
-        value = value.strip()
-        if not value.isprintable():
-            raise ValueError("must be printable characters on one line")
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be printable characters on one line")
     return value
 
 
 Question = Annotated[
     str,
-    BeforeValidator(_line),
-    Query(
-        min_length=2,
-        max_length=MAX_QUESTION_CHARS,
-        description="A question in free words, in English; without it the alert itself is asked about.",
-        examples=["how long do I have to wait before the cover may come off?"],
-    ),
+    StringConstraints(strip_whitespace=True, min_length=2, max_length=MAX_QUESTION_CHARS),
+    AfterValidator(_one_line),
 ]
 
 
@@ -95,7 +88,16 @@ class AdviceOut(models.Answer):
     "/{alert_id}/advice", summary="Repair advice on an alert", responses={**AWAY, **NOT_FOUND, **AMBIGUOUS}
 )  # fmt: skip
 async def advice(
-    running: Running, alert_id: AlertId, question: Question | None = None, vehicle_id: OfVehicle = None
+    running: Running,
+    alert_id: AlertId,
+    question: Annotated[
+        Question | None,
+        Query(
+            description="A question in free words, in English; without it the alert itself is asked about.",
+            examples=["how long do I have to wait before the cover may come off?"],
+        ),
+    ] = None,
+    vehicle_id: OfVehicle = None,
 ) -> AdviceOut:
     """Cited sections of the repair manual: safety for this failure type and severity first, then what fits best.
 
