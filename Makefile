@@ -39,7 +39,9 @@ clean:
 	rm -rf $(VENV) var build *.egg-info
 
 setup-demo: $(VENV)/.installed-training
+	@.ci/sentence-model $(BIN)
 setup-test: system-test $(VENV)/.installed-dev
+	@.ci/sentence-model $(BIN)
 
 # The stamp names the extra; a changed pyproject.toml installs again.
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/pip

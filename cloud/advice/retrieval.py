@@ -22,7 +22,7 @@ from cloud.advice.embedding import Embedder
 from cloud.advice.manual import Manual, Section
 
 Method = Literal["hybrid", "bm25"]
-WORD_WEIGHT = 0.4  # a plateau from 0.3 to 0.6
+WORD_WEIGHT = 0.4  # the middle of a plateau from 0.2 to 0.6
 FOREIGN_WEIGHT = 0.5  # of the cosine to the nearest topic that the manual does not cover
 FLOOR: dict[Method, float] = {"hybrid": 0.25, "bm25": 0.15}
 TITLE_WEIGHT = 2  # a title's words count so often
