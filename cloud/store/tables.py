@@ -82,6 +82,7 @@ alert = sa.Table(
     sa.Column("body", sa.Text, nullable=False),  # JSON: the transition that shows most (the newest not its end)
     sa.Index(None, "ingest_id", unique=True),
     sa.Index(None, "vehicle_id", "state"),
+    sa.Index(None, "alert_id"),  # an operator names an alert alone
 )  # fmt: skip
 
 current = sa.Table(

@@ -5,70 +5,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cloud.demo.command import FAILING, agent_config, broker_command, went_all_the_way
-from cloud.demo.fleet_api import FleetApi
-from cloud.demo.processes import Processes, answers, free_port
+from cloud.demo.command import FAILING, went_all_the_way
+from cloud.demo.processes import Processes, free_port
 from tests.conftest import ROOT
+from tests.fleets import PYTHON, Fleet
 
 pytestmark = pytest.mark.e2e
-PYTHON = (sys.executable, "-m")
-SPEED = 60
-
-
-class Fleet:
-    """A broker and a cloud, and vehicles on request."""
-
-    def __init__(self, processes: Processes, folder: Path, bundle: Path | None, broker_kind: str = "mosquitto") -> None:
-        self.processes, self.folder, self.bundle = processes, folder, bundle
-        self.broker_port, port = free_port(), free_port()
-        self.database = folder / "fleet.db"
-        embedded = (*PYTHON, "cloud", "broker", "--port", str(self.broker_port))
-        processes.start("broker", embedded if broker_kind == "embedded" else broker_command(folder, self.broker_port))
-        processes.wait_for("no broker", lambda: answers(self.broker_port), 20)
-        with_bundle = ("--bundle", str(bundle)) if bundle else ()
-        processes.start(
-            "cloud",
-            (*PYTHON, "cloud", "serve", "--port", str(port), "--broker", f"127.0.0.1:{self.broker_port}",
-             "--database", f"sqlite:///{self.database}", *with_bundle),
-        )  # fmt: skip
-        self.api = FleetApi(port)
-        processes.wait_for("no cloud", self.api.is_up, 30)
-        processes.wait_for("no collector", self.api.collects, 30)
-
-    def vehicle(self, name: str, *drive: str) -> None:
-        """Start one simulator and its agent."""
-        folder = self.folder / name
-        folder.mkdir()
-        self.processes.start(
-            f"{name}-simulator",
-            (*PYTHON, "firmware_sim", "drive", "--vehicle", name, "--can", f"slcan-pty:{folder / 'can'}",
-             "--speed", str(SPEED), *drive),
-        )  # fmt: skip
-        self.processes.wait_for("no CAN port", (folder / "can").exists, 20)
-        config = folder / "agent.toml"
-        config.write_text(agent_config(name, folder, self.bundle or folder / "absent", self.broker_port))
-        self.processes.start(
-            f"{name}-agent", (*PYTHON, "edge_agent", "run", "--config", str(config), "--speed", str(SPEED))
-        )
-
-    def alert(self, name: str, origin: str = "model") -> dict[str, Any] | None:
-        """Return the newest alert of a vehicle with that origin."""
-        found = [a for a in self.api.alerts() if a["vehicle_id"] == name and a["origin"] == origin]
-        return found[0] if found else None
-
-    def get(self, path: str) -> dict[str, Any]:
-        """GET a path of the API."""
-        with urllib.request.urlopen(self.api.address + path, timeout=5) as answer:
-            body: dict[str, Any] = json.load(answer)
-        return body
 
 
 def test_a_fault_on_the_bus_becomes_an_alert_in_the_fleet_api(

@@ -10,6 +10,9 @@ depends_on = None
 
 
 def upgrade() -> None:
+    with op.batch_alter_table("alert", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_alert_alert_id"), ["alert_id"], unique=False)
+
     op.create_table(
         "alert_action",
         sa.Column(
@@ -159,6 +162,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    with op.batch_alter_table("alert", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_alert_alert_id"))
+
     with op.batch_alter_table("training_run", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_training_run_finished_at_s"))
 
