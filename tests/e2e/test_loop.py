@@ -1,4 +1,4 @@
-"""The loop is closed on real processes: what a vehicle counts, sends and raises comes back as drift, labels and advice."""
+"""The loop is closed on real processes: counts, samples and alerts come back as drift, labels and advice."""
 
 import os
 import signal
@@ -68,7 +68,9 @@ def test_an_alert_becomes_advice_a_label_and_training_data(processes: Processes,
     os.kill(agent.pid, signal.SIGTERM)  # its counts leave with its last words
     agent.wait(10)
     processes.wait_for(
-        "no drift counts reached the store", lambda: bool(fleet.get(f"/v1/drift?vehicle_id={FAILING}")["references"]), 30
+        "no drift counts reached the store",
+        lambda: bool(fleet.get(f"/v1/drift?vehicle_id={FAILING}")["references"]),
+        30,
     )
     drift = fleet.get(f"/v1/drift?vehicle_id={FAILING}")
     (release,) = drift["references"]
