@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": ("cloud.api.commands", "cloud"),
     "broker": ("cloud.api.commands", "cloud"),
     "provision": ("cloud.identity.commands", "cloud"),
+    "models": ("cloud.rollouts.commands", "cloud"),
     "register-reference": ("cloud.drift.commands", "cloud"),
     "demo": ("cloud.demo.command", "training"),
     "advice-model": ("export.sentence_model", "training"),

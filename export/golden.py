@@ -1,8 +1,7 @@
 """`golden.npz`: inputs of the graph and the outputs they must give, replayed wherever a bundle is to be trusted.
 
-Arrays are named `NNN.in.NAME` and `NNN.out.NAME`. Cases follow each other as windows of one vehicle do: where the
-number of cells and probes allows it, a case's state is what the case before left. On one kind of processor answers are
-equal to the last bit; across kinds they stay within `TOLERANCE`.
+Arrays are named as `edge_agent.pipeline.golden`, which replays them, says. Cases follow each other as windows of one
+vehicle do: where the number of cells and probes allows it, a case's state is what the case before left.
 """
 
 import io
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_agent.contract.bundle import StateSpec
 from edge_agent.contract.errors import BundleError
+from edge_agent.pipeline.golden import LEAST_CASES, TOLERANCE, Case, replay
 from export.features import INPUTS, initial_state
 
-TOLERANCE = 1e-5  # relative to max(1, |expected|)
-LEAST_CASES = 24
-Case = dict[str, npt.NDArray[Any]]
+__all__ = ["LEAST_CASES", "TOLERANCE", "Case", "encode", "read_windows", "record", "replay"]
 
 
 def read_windows(path: Path) -> list[Case]:
@@ -63,41 +60,3 @@ def encode(inputs: list[Case], outputs: list[Case]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for an array
     return buffer.getvalue()
-
-
-def replay(session: Any, golden: bytes, origin: str) -> tuple[int, float]:
-    """Run every case; returns how many there are and the largest relative difference found.
-
-    Raises `BundleError` when a case differs by more than `TOLERANCE` or holds other tensors than the graph.
-    """
-    worst, numbers = 0.0, 0
-    with np.load(io.BytesIO(golden), allow_pickle=False) as stored:
-        cases = sorted({name.split(".")[0] for name in stored.files})
-        for case in cases:
-            given = {n.split(".", 2)[2]: stored[n] for n in stored.files if n.startswith(f"{case}.in.")}
-            expected = {n.split(".", 2)[2]: stored[n] for n in stored.files if n.startswith(f"{case}.out.")}
-            try:
-                found = dict(zip(expected, session.run(list(expected), given), strict=True))
-            except Exception as error:  # onnxruntime's exceptions share no base but Exception
-                line = str(error).splitlines()[0][:160]
-                raise BundleError(f"{origin}: golden case {case} does not run: {line}") from error
-            for name, answer in expected.items():
-                difference = _difference(found[name], answer)
-                if not difference <= TOLERANCE:
-                    raise BundleError(
-                        f"{origin}: golden case {case}: {name} differs by {difference:.1e}, not the model"
-                    )
-                worst = max(worst, difference)
-            numbers += 1
-    if numbers < LEAST_CASES:
-        raise BundleError(f"{origin}: holds {numbers} golden cases, at least {LEAST_CASES} are needed")
-    return numbers, worst
-
-
-def _difference(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    if (np.isnan(a) != np.isnan(b)).any():
-        return float("inf")
-    return float(np.nanmax(np.abs(a - b) / np.maximum(np.abs(b), 1.0), initial=0.0))

@@ -90,6 +90,11 @@ class Scorer:
             raise BundleError(f"{origin}/model.onnx: window is {list(window.shape)}; the manifest says {expected}")
         return outputs
 
+    @property
+    def session(self) -> Any:
+        """The session of onnxruntime, for who replays golden vectors."""
+        return self._session
+
     def initial_state(self, cells: int, probes: int) -> State:
         """Return the state before a vehicle's first window, for `cells` voltages and `probes` temperatures."""
         width = {"C": max(1, cells), "P": max(1, probes)}

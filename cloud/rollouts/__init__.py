@@ -1,0 +1,1 @@
+"""Releases for the fleet: the signed repository they are published in."""
