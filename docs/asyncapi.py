@@ -18,12 +18,12 @@ VEHICLE = {
 }
 FAILURE = {"description": "Failure type.", "enum": list(topics.ALERT_TYPES)}
 DRIFT = (
-    "Counts against the bundle's bins, mergeable by adding: one message a span of time and stratum. The spans of a vehicle "
-    "do not overlap; each ends after an hour of the source's time, or when the agent ends."
+    "Counts against the bundle's bins, mergeable by adding: one message a span of time and stratum. The spans of a "
+    "vehicle do not overlap; each ends after an hour of the source's time, or when the agent ends."
 )
 SAMPLE = (
-    "Raw windows for training, around alerts and a small random share, each in one part or several: the payloads of all "
-    "parts, joined, have the sample's sha256 and are what samples.unpack reads."
+    "Raw windows for training, around alerts and a small random share, each in one part or several: the payloads of "
+    "all parts, joined, have the sample's sha256 and are what samples.unpack reads."
 )
 
 # name → (address after the vehicle, retained, who sends, summary, message schema names)

@@ -29,6 +29,7 @@ from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.inference import Scorer
 
 log = logging.getLogger(__name__)
+REST_STEP_S = 60.0  # how often vehicles that fell silent are looked for
 LAKE_STEP_S = 2.0  # how often samples that are due for the lake are looked for: two small queries
 
 
@@ -85,6 +86,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self.every("drift", watch.EVERY_S, self.drift.step)
         self.every("lake", LAKE_STEP_S, self.mover.step)
+        self.every("telemetry_rest", REST_STEP_S, self.telemetry.rest)
 
     def every(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work` again and again from the start to the stop, with so many seconds between two runs."""
