@@ -23,7 +23,7 @@ from cloud.drift.limits import load_limits
 from cloud.lake.lake import Lake
 from cloud.lake.mover import Mover
 from cloud.store.fleet_store import FleetStore, StoreAwayError
-from edge_agent.contract.errors import BundleError
+from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.contract.signals import Catalogue
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from edge_agent.pipeline.inference import Scorer
@@ -144,6 +144,8 @@ class Service:
                 self.store_ready = True
             except StoreAwayError as error:
                 log.debug("api: %s", error)
+            except ConfigError as error:  # it came back with another password, or of a newer release
+                log.error("api: %s", error)  # noqa: TRY400 - one line is all there is to say
         while self.collector is not None:
             try:
                 await self.collector.run()

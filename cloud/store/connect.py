@@ -4,10 +4,12 @@ SQLite: WAL, synchronous=FULL (an ack follows the commit), a busy timeout, BEGIN
 them wait for each other instead of failing midway. PostgreSQL: its own defaults, which are as strict.
 """
 
+import inspect
 import sqlite3
 from pathlib import Path
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
@@ -17,12 +19,22 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 
 DEFAULT_URL = "sqlite:///var/voltwatch.db"
 BUSY_TIMEOUT_MS = 5_000  # a migration or a backup holds the lock for less
+# a server that hangs, or a network that swallows everything, counts as away: nobody waits for ever
+CONNECT_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 15.0  # a batch or a page takes milliseconds; a migration has an engine of its own
+POOL_TIMEOUT_S = 10.0
 WRITE = {"voltwatch_write": True}  # execution option: this transaction writes
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite", "sqlite+aiosqlite": "sqlite+aiosqlite",
     "postgres": "postgresql+asyncpg", "postgresql": "postgresql+asyncpg", "postgresql+asyncpg": "postgresql+asyncpg",
     "postgresql+psycopg": "postgresql+asyncpg", "postgresql+psycopg2": "postgresql+asyncpg",
 }  # fmt: skip
+# of a URL's query; prepared_statement_cache_size=0 is for a server behind PgBouncer
+_PARAMETERS = {*inspect.signature(asyncpg.connect).parameters, "prepared_statement_cache_size"}
+# PostgreSQL's error classes that are not the statement's fault: connection, rolled back (deadlock), resources (disk
+# full, too many connections), an operator or a restart, the system, internal; then a lock not to be had, a standby
+_AWAY_STATES = ("08", "40", "53", "57", "58", "XX", "55P03", "25006")
+_WRONG_STATES = ("28", "3D", "42501")  # no such user or wrong password, no such database, no permission
 
 
 def async_url(text: str) -> URL:
@@ -39,17 +51,24 @@ def async_url(text: str) -> URL:
     url = url.set(drivername=driver)
     if driver.startswith("postgresql") and "sslmode" in url.query:  # libpq's word; asyncpg calls it ssl
         url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": str(url.query["sslmode"])})
+    unknown = sorted(set(url.query) - _PARAMETERS) if driver.startswith("postgresql") else []
+    if unknown:
+        raise ConfigError(f"DATABASE_URL: {unknown[0]!a} is no parameter of the PostgreSQL driver (asyncpg)")
     return url
 
 
-def open_engine(text: str) -> AsyncEngine:
+def open_engine(text: str, *, patient: bool = False) -> AsyncEngine:
     """Make the engine; for SQLite also the directory of its file.
 
+    `patient`: a PostgreSQL statement may take as long as it takes, which only migrations need.
     Raises `ConfigError` for a URL that cannot be used, `UnavailableError` when the directory cannot be made.
     """
     url = async_url(text)
     if url.get_backend_name() != "sqlite":
-        return create_async_engine(url, pool_pre_ping=True, pool_size=5, max_overflow=5, pool_timeout=10)
+        return create_async_engine(
+            url, pool_pre_ping=True, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_S,
+            connect_args={"timeout": CONNECT_TIMEOUT_S, "command_timeout": None if patient else COMMAND_TIMEOUT_S},
+        )  # fmt: skip
     if not url.database or url.database == ":memory:":
         raise ConfigError("DATABASE_URL: a store in memory would forget what was acknowledged; name a file")
     try:
@@ -101,5 +120,22 @@ def is_away(error: BaseException) -> bool:
         return False
     if error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         return True
+    if _state(error).startswith((*_AWAY_STATES, *_WRONG_STATES)):
+        return True
     # a full or read-only disk, corruption: SQLite says DatabaseError
     return type(error.orig) is sqlite3.DatabaseError or isinstance(error.orig, sqlite3.OperationalError)
+
+
+def is_misconfigured(error: BaseException | None) -> bool:
+    """Whether somebody has to change the URL, or the server's roles, before this store can be used."""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    if "not a database" in str(error.orig):  # SQLITE_NOTADB
+        return True
+    cause = error.orig.__cause__ if error.orig is not None else None
+    return _state(error).startswith(_WRONG_STATES) or isinstance(cause, asyncpg.exceptions.ClientConfigurationError)
+
+
+def _state(error: sa.exc.DBAPIError) -> str:
+    """Return PostgreSQL's five-letter SQLSTATE; empty for another database, or where there was no answer."""
+    return getattr(error.orig, "sqlstate", None) or ""

@@ -4,6 +4,7 @@ A commit that returned survives SIGKILL and power loss. One that raised `StoreAw
 same items: nothing is stored twice. Nothing here retries by itself; who calls knows how long to wait.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -14,6 +15,8 @@ from cloud.store import connect, reading, writing
 from cloud.store.items import Item, PipelineState, TelemetryCommit, Written
 from cloud.store.migrate import migrate
 from edge_agent.contract.errors import ConfigError, UnavailableError
+
+CLOSE_TIMEOUT_S = 2.0
 
 
 class StoreAwayError(UnavailableError):
@@ -37,15 +40,25 @@ class FleetStore:
     async def prepare(self) -> None:
         """Create or upgrade the tables.
 
-        Raises `ConfigError` when a newer release has been here, or when the file is no database of ours.
+        Raises `ConfigError` when a newer release has been here, when the file is no database of ours, and for a user,
+        password or database name that the server does not take.
         """
         try:
             with self._away():
-                await migrate(self.engine)
+                await self._migrate()
         except StoreAwayError as error:
-            if "not a database" in str(error):  # SQLITE_NOTADB: waiting would not help
-                raise ConfigError(f"{error}; name another file in --database or DATABASE_URL") from error
+            if connect.is_misconfigured(error.__cause__):  # waiting would not help
+                what = "file" if self.dialect == "sqlite" else "one"
+                raise ConfigError(f"{error}; name another {what} in --database or DATABASE_URL") from error
             raise
+
+    async def _migrate(self) -> None:
+        """Migrate on connections that wait as long as it takes: another process may migrate, an index may be large."""
+        patient = connect.open_engine(self.engine.url.render_as_string(hide_password=False), patient=True)
+        try:
+            await migrate(patient)
+        finally:
+            await patient.dispose()
 
     async def commit(self, items: Sequence[Item], *, received_at_s: float) -> Written:
         """Store a batch in one transaction."""
@@ -93,10 +106,14 @@ class FleetStore:
             raise
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self.engine.dispose()
+        """Close every connection; one whose server does not answer is left to the system."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.engine.dispose()
 
 
 def _short(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig is not None else error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
