@@ -1,4 +1,4 @@
-"""`edge-agent run` and `edge-agent replay`: arguments in; one clear line and an exit code when something is wrong."""
+"""`edge-agent run`, `replay` and `update`: arguments in; one clear line and an exit code when something is wrong."""
 
 import argparse
 import os
@@ -26,6 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logs.configure(options.log)
             config = load_config(options.config)
             run(config if options.speed is None else msgspec.structs.replace(config, speed=options.speed))
+        elif options.command == "update":
+            from edge_agent.update.command import update  # noqa: PLC0415 - TUF is 25 MB that nothing else needs
+
+            if bool(options.target) != bool(options.counter):
+                raise ConfigError("give --target and --counter together, or neither: then the cloud is asked")
+            return update(load_config(options.config), target=options.target, counter=options.counter,
+                          rollout_id=options.rollout)  # fmt: skip
         else:
             logs.configure(options.log, sys.stderr)
             replay(_replay_options(options))
@@ -59,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     replaying.add_argument("--config", type=Path, default=None, help="for --publish: broker and vehicle from this file")
     replaying.add_argument("--data-dir", type=Path, default=None, help="keep what could not be delivered here")
     replaying.add_argument("--timeout", type=float, default=30.0, metavar="S", help="to wait for the collector")
+    updating = commands.add_parser("update", help="install a signed release; the agent runs this by itself")
+    updating.add_argument("--config", type=Path, required=True, help="the agent's; its [update] says from where")
+    updating.add_argument("--target", default="", metavar="NAME", help="signed target; default: the cloud is asked")
+    updating.add_argument("--counter", type=int, default=0, metavar="N", help="the counter that is signed with it")
+    updating.add_argument("--rollout", default="", metavar="ID", help="of the rollout that asks for it")
     for command in (running, replaying):
         command.add_argument("--log", choices=("text", "json"), default="text")
     return parser

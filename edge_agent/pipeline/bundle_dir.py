@@ -51,7 +51,7 @@ def load_bundle(path: Path | str, catalogue: Catalogue, make: str = "") -> Loade
     for name in manifest.files:
         file = path / name
         if file.is_file():
-            data = _read(file, _limit(name))
+            data = _read(file, size_limit(name))
             found[name] = FileEntry(length=len(data), sha256=hashlib.sha256(data).hexdigest())
             contents[name] = data
     contract.check_files(manifest, found, str(path))
@@ -81,7 +81,8 @@ def _check_thresholds(manifest: Manifest, thresholds: Thresholds, path: Path) ->
             raise BundleError(f"{path}/{contract.THRESHOLDS}: active policy has no threshold for {', '.join(absent)}")
 
 
-def _limit(name: str) -> int:
+def size_limit(name: str) -> int:
+    """Return how many bytes a member of a bundle may have."""
     return {contract.MODEL: contract.MAX_MODEL_BYTES, contract.GOLDEN: MAX_GOLDEN_BYTES}.get(name, MAX_DOCUMENT_BYTES)
 
 
