@@ -158,16 +158,14 @@ def advise(manual: Manual, facts: Facts, found: Found, query: Query, *, question
     """
     if question is None:
         cited = _for_alert(facts, found.hits)
-        types = {facts.failure_type} if facts.failure_type in FAILURE_TYPES else _types(cited)
         summary = _alert_summary(manual, facts, cited, query)
     else:
         cited = [Citation(h.section, f"found for the question, {_by(h)}", (), h.score) for h in found.hits[:CITED]]
         cited = cited if found.answers else []
-        types = {facts.failure_type} if facts.failure_type in FAILURE_TYPES else _types(cited)
         summary = _question_summary(manual, cited, found)
     return Advice(
         outcome="cited" if cited else "no_source", summary=summary, query=question or query.text, method=found.method,
-        safety=_safety(manual, facts, types), sections=tuple(cited),
+        safety=_safety(manual, facts), sections=tuple(cited),
     )  # fmt: skip
 
 
@@ -223,11 +221,9 @@ def _by(hit: Hit) -> str:
     return "nearest in words" if hit.meaning is None else "nearest in words and meaning"
 
 
-def _types(cited: Sequence[Citation]) -> set[str]:
-    return {t for citation in cited for t in citation.section.failure_types}
-
-
-def _safety(manual: Manual, facts: Facts, types: set[str]) -> tuple[Citation, ...]:
+def _safety(manual: Manual, facts: Facts) -> tuple[Citation, ...]:
+    """Choose by type and severity; an alert of no known type may be any of them."""
+    types = {facts.failure_type} if facts.failure_type in FAILURE_TYPES else set(FAILURE_TYPES)
     chosen = [
         s for s in manual.sections
         if s.kind == "safety" and facts.severity in s.severities and types.intersection(s.failure_types)

@@ -117,8 +117,11 @@ class Metrics:
             log.warning("metrics: the store gave no figures within %g s", TIMEOUT_S)
             return None
         if self._asking is asking:  # the first of those that waited for it
-            self._asking, self._answered_s = None, time.monotonic()
-            self._asked = asking.result()
+            self._asking, self._asked, self._answered_s = None, None, time.monotonic()
+            if (fault := asking.exception()) is None:
+                self._asked = asking.result()
+            else:  # of our own: said once, and the store counts as away rather than an old figure as a new one
+                log.error("metrics: the store's figures cannot be computed", exc_info=fault)
         return self._asked
 
     async def stop(self) -> None:

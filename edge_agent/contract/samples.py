@@ -5,6 +5,7 @@ A window is kept as int16 with a scale and an offset a column, delta-coded and c
 tensors from before the window travel as they are, so that the cloud can compute the vehicle's very features again.
 """
 
+import math
 import zlib
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ Float32Array = npt.NDArray[np.float32]
 FORMAT = 1
 MAX_UNPACKED_BYTES = 8 * 2**20  # ten minutes of 200 cells at 10 Hz are a fifth of it; more is an attack
 MAX_PARTS = 64
+MAX_STATE_DIMENSIONS = 8
+MAX_DIMENSION = 100_000  # rows, columns, or one dimension of a state tensor: no window has as many
 _LARGEST = 32_767
 _MISSING = -32_768
 
@@ -120,8 +123,8 @@ def _encode(values: Float32Array) -> _Columns:
 
 def _decode(columns: _Columns) -> Float32Array:
     width = len(columns.scale)
-    whole = len(columns.offset) == width and columns.rows >= 0 and len(columns.codes) == 2 * columns.rows * width
-    if not whole:
+    bounded = 0 <= columns.rows <= MAX_DIMENSION and width <= MAX_DIMENSION
+    if not bounded or len(columns.offset) != width or len(columns.codes) != 2 * columns.rows * width:
         raise MessageError("a sample whose columns do not have the length they state")
     moved = np.frombuffer(columns.codes, "<i2").reshape(width, columns.rows).T
     codes = np.cumsum(moved, axis=0, dtype=np.int16)
@@ -135,10 +138,10 @@ def _decode(columns: _Columns) -> Float32Array:
 
 
 def _tensor(tensor: _Tensor) -> Float32Array:
-    size = 1
-    for n in tensor.shape:
-        size *= n
-    if min(tensor.shape, default=1) < 0 or len(tensor.shape) > 8 or len(tensor.data) != 4 * size:
+    bounded = len(tensor.shape) <= MAX_STATE_DIMENSIONS and all(0 < n <= MAX_DIMENSION for n in tensor.shape)
+    if not bounded or len(tensor.data) != 4 * math.prod(tensor.shape):
         raise MessageError("a sample with a state tensor that does not have the length it states")
     values: Float32Array = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise MessageError("a sample with a state tensor that is not finite")
     return values

@@ -101,9 +101,28 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
         {"values": [1, [1e300], [1e300], b"\1\0"], "signals": ["a"]},
         {"state": {"x": [[2, -2], b"\0" * 16]}},
         {"state": {"x": [[3], b"\0" * 4]}},
+        {"values": [2**62, [], [], b""], "signals": []},  # numpy would refuse this in its own words
+        {"cell_voltage": [2**62, [], [], b""]},
+        {"state": {"x": [[0, 2**62, 2**62], b""]}},
+        {"state": {"x": [[1] * 40, b"\0" * 4]}},
+        {"state": {"x": [[1], np.array([np.inf], "<f4").tobytes()]}},
     ):
         with pytest.raises(MessageError):
             unpack(zlib.compress(msgspec.msgpack.encode(good | change)))
+
+
+WHOLE = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
+COLUMNS = st.tuples(WHOLE, st.lists(st.floats(), max_size=3), st.lists(st.floats(), max_size=3), st.binary(max_size=24))
+
+
+@given(COLUMNS, COLUMNS, st.lists(st.text(max_size=3), max_size=3), st.lists(WHOLE, max_size=4), st.binary(max_size=16))
+def test_whatever_a_sender_packs_it_is_unpacked_or_refused(values, vector, names, shape, data) -> None:  # type: ignore[no-untyped-def]
+    packed = {
+        "format": 1, "signals": names, "values": values, "cell_voltage": vector, "cell_temperature": vector,
+        "state": {"x": [shape, data]},
+    }  # fmt: skip
+    with contextlib.suppress(MessageError):
+        unpack(zlib.compress(msgspec.msgpack.encode(packed)))
 
 
 def test_a_window_with_the_wrong_number_of_names_is_our_own_fault() -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import itertools
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -141,6 +143,11 @@ def _said(body: bytes) -> dict[str, Any]:
     return {name: getattr(data, name) for name in data.__struct_fields__}
 
 
+def crafted(**changes: Any) -> bytes:
+    """Pack a window with fields that no sender of ours would write."""
+    return zlib.compress(msgspec.msgpack.encode(msgspec.msgpack.decode(zlib.decompress(pack(window()))) | changes))
+
+
 @pytest.mark.parametrize(
     ("items", "said"),
     [
@@ -148,6 +155,8 @@ def _said(body: bytes) -> dict[str, Any]:
         (lambda: sample_items("bad", sha256="0" * 64), "bytes have the sum"),
         (lambda: sample_items("bad", packed=pack(window())[:-40]), "does not unpack: a sample that ends in the middle"),
         (lambda: sample_items("bad", packed=b"no packed window"), "does not unpack"),
+        (lambda: sample_items("bad", packed=crafted(values=[2**62, [], [], b""], signals=[])), "length they state"),
+        (lambda: sample_items("bad", packed=crafted(state={"x": [[0, 2**62], b""]})), "length it states"),
     ],
 )  # fmt: skip
 async def test_a_sample_that_cannot_be_used_says_why_and_holds_up_no_other(

@@ -87,7 +87,8 @@ def test_an_anomaly_of_signals_the_manual_does_not_know_has_no_source(
 ) -> None:
     advice = by_both.answer(facts(alert))
     assert advice.outcome == "no_source"
-    assert (advice.safety, advice.sections) == ((), ())
+    assert advice.sections == ()
+    assert {"EM-01", "HV-02", "HV-04"} <= {c.section.id for c in advice.safety}, "it may be any of the failures"
     assert stem(facts(alert).evidence[0].name) in advice.summary
     assert "Searched" in advice.summary
 
