@@ -200,3 +200,28 @@ def test_a_real_vehicle_is_replayed_from_end_to_end(real_data: Path, tmp_path: P
     assert summary["cells"] == {"a": 96, "b": 87}[vehicle]
     assert summary["windows_scored"] > 1000
     assert summary["values_masked"]
+
+
+def test_counts_and_samples_of_a_real_vehicle_are_stored_once_however_often_published(
+    real_data: Path, tmp_path: Path, broker: Broker
+) -> None:
+    build_bundle(tmp_path / "bundle", default_catalogue())
+    mapping = Path(__file__).parents[2] / "edge_agent" / "mappings" / "vehicle_a.toml"
+    publish = ["replay", str(real_data / "vehicle_a.parquet"), "--map", str(mapping), "--bundle",
+               str(tmp_path / "bundle"), "--json", str(tmp_path / "s.json"), "--publish", "--broker",
+               f"127.0.0.1:{broker.port}", "--timeout", "30"]  # fmt: skip
+    collector = Collector(broker.port)
+    assert main(publish) == 0
+    first = dict(collector.stored)
+    vehicle_id = next(iter(first))[0]
+    said = [decode_event(payload, vehicle_id)[1] for payload in first.values()]
+    summary = json.loads((tmp_path / "s.json").read_bytes())
+    counted = [d for d in said if isinstance(d, messages.DriftCounts)]
+    assert sum(d.windows for d in counted) == summary["windows_scored"] > 1000
+    sampled = [d for d in said if isinstance(d, messages.Sample)]
+    assert len({(d.sample_id, d.part) for d in sampled}) == len(sampled) > 0
+    cells = {unpack(d.payload).cell_voltage.shape[1] for d in sampled if d.parts == 1}
+    assert cells == {96}
+    assert main(publish) == 0
+    assert collector.stored == first
+    collector.close()
