@@ -222,11 +222,12 @@ class Agent:
         """After a kill: end a span that the outbox has already, so that none of its windows is counted twice.
 
         What came after the saved state is lost, at most `SNAPSHOT_S` of it; how much is not known, the most is counted.
+        After a boot no clock says how old the state is: the wall clock may begin in 1970 again.
         """
         bundle = self._bundle
         if saved.stopped or bundle is None:
             return
-        age_s = min(SNAPSHOT_S, max(0.0, self.clock.monotonic() - saved.saved_s - shift_s))
+        age_s = min(SNAPSHOT_S, self.clock.monotonic() - saved.saved_s) if shift_s == 0.0 else SNAPSHOT_S
         self.counters["drift_windows_lost_at_most"] += math.ceil(age_s / bundle.manifest.window.stride_s)
         ids = [drift_event_id(c, self.config.vehicle_id, bundle) for c in self.pipeline.open_counts]
         if any(self.outbox.knows("drift", event_id) for event_id in ids):
