@@ -36,7 +36,7 @@ OPERATIONS = [
 def page(tmp_path_factory: pytest.TempPathFactory) -> schemathesis.BaseSchema:
     folder: Path = tmp_path_factory.mktemp("api")
     bundle = build_bundle(folder / "bundle", default_catalogue())
-    app = create_app(Settings(database_url=f"sqlite:///{folder}/v.db", bundle=bundle))
+    app = create_app(Settings(database_url=f"sqlite:///{folder}/v.db", bundle=bundle, lake=f"{folder}/lake"))
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

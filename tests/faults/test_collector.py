@@ -14,17 +14,19 @@ from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
+import sqlalchemy as sa
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud.api.commands import _broker_config
 from cloud.collector.mqtt import Collector, CollectorConfig
-from cloud.store import connect
+from cloud.store import connect, tables
 from cloud.store.fleet_store import FleetStore
 from edge_agent.contract import messages, topics
 from tests.brokers import Broker, broker, free_port, wait_for
+from tests.databases import database_url, postgres_uri
 from tests.faults.test_delivery import Vehicle as Agent
 
-__all__ = ["broker"]
+__all__ = ["broker", "database_url", "postgres_uri"]
 pytestmark = pytest.mark.anyio
 TYPE = "charging_fault"
 
@@ -78,6 +80,19 @@ def event_body(vehicle_id: str, seq: int) -> bytes:
     )  # fmt: skip
 
 
+async def in_store(store: FleetStore) -> list[int]:
+    async with store.reading() as connection:
+        return list((await connection.execute(sa.select(tables.event.c.seq))).scalars())
+
+
+async def in_database(url: str) -> list[int]:
+    store = FleetStore.over(url)
+    try:
+        return await in_store(store)
+    finally:
+        await store.close()
+
+
 def stored(file: Path) -> list[int]:
     with contextlib.closing(sqlite3.connect(file)) as database:
         return [seq for (seq,) in database.execute("SELECT seq FROM event ORDER BY ingest_id")]
@@ -113,9 +128,18 @@ async def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     await opened.close()
 
 
+@pytest.fixture
+async def either_store(database_url: str) -> AsyncIterator[FleetStore]:
+    opened = FleetStore.over(database_url)
+    await opened.prepare()
+    yield opened
+    await opened.close()
+
+
 async def test_what_is_committed_is_acknowledged_by_ranges_and_duplicates_again(
-    store: FleetStore, broker: Broker, tmp_path: Path
+    either_store: FleetStore, broker: Broker
 ) -> None:
+    store = either_store
     async with running(store, broker.port) as collector:
         await until(lambda: collector.link.connected, "connected")
         assert collector.link.protocol == "MQTT 5"
@@ -130,7 +154,7 @@ async def test_what_is_committed_is_acknowledged_by_ranges_and_duplicates_again(
         assert set(vehicles[0].acked[100:]) == {5, 6, 7}
         for vehicle in vehicles:
             vehicle.close()
-    assert sorted(stored(tmp_path / "v.db")) == sorted([*range(1, 101)] * 2)
+    assert sorted(await in_store(store)) == sorted([*range(1, 101)] * 2)
 
 
 async def test_a_broker_away_at_the_start_or_later_is_waited_for(store: FleetStore, tmp_path: Path) -> None:
@@ -258,10 +282,20 @@ COLLECTOR = """
 """
 
 
-def test_kill_of_the_collector_between_receive_and_commit_loses_nothing(broker: Broker, tmp_path: Path) -> None:
+async def prepare(url: str) -> None:
+    store = FleetStore.over(url)
+    await store.prepare()
+    await store.close()
+
+
+def test_kill_of_the_collector_between_receive_and_commit_loses_nothing(broker: Broker, database_url: str) -> None:
     """What the vehicle was told is stored, is stored; what it was not told comes again, and is stored once."""
-    file = tmp_path / "v.db"
-    command = [sys.executable, "-c", textwrap.dedent(COLLECTOR), str(broker.port), f"sqlite:///{file}"]
+
+    def stored() -> list[int]:
+        return asyncio.run(in_database(database_url))
+
+    asyncio.run(prepare(database_url))
+    command = [sys.executable, "-c", textwrap.dedent(COLLECTOR), str(broker.port), database_url]
     vehicle = Vehicle(broker.port)
     chance = random.Random(5)
     rounds, each, cut_short = 8, 60, 0
@@ -278,11 +312,11 @@ def test_kill_of_the_collector_between_receive_and_commit_loses_nothing(broker: 
                 time.sleep(chance.uniform(0, 0.06))
                 collector.kill()
             else:
-                wait_for(lambda: len(stored(file)) == each * rounds, what="everything stored in the end")
+                wait_for(lambda: len(stored()) == each * rounds, what="everything stored in the end")
                 collector.terminate()
         acked = set(vehicle.acked)
         cut_short += len(acked) < total
-        assert acked <= set(stored(file)), "acknowledged, but not there"
-    assert sorted(stored(file)) == list(range(1, each * rounds + 1))
+        assert acked <= set(stored()), "acknowledged, but not there"
+    assert sorted(stored()) == list(range(1, each * rounds + 1))
     assert cut_short >= 3, "the kills came too late to show anything"
     vehicle.close()

@@ -23,7 +23,9 @@ from edge_agent.contract import messages, topics
 from edge_agent.contract.bundle import Decision
 from edge_agent.contract.signals import default_catalogue
 from tests.bundles import build_bundle, without_a_graph
+from tests.databases import database_url, postgres_uri
 
+__all__ = ["database_url", "postgres_uri"]  # what is read back from a store is asked of both kinds
 pytestmark = pytest.mark.anyio
 START = 1_772_000_000.0
 SPEED, VOLTAGE = "Vehicle.Speed", "Vehicle.Powertrain.TractionBattery.CurrentVoltage"
@@ -42,9 +44,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bundle(tmp_path_factory.mktemp("bundle") / "b", default_catalogue(), decision=Decision(k=1, n=1))
 
 
+def settings(tmp_path: Path, **changes: Any) -> Settings:
+    return Settings(**{"database_url": f"sqlite:///{tmp_path}/v.db", "lake": f"{tmp_path}/lake", **changes})
+
+
 @contextlib.asynccontextmanager
 async def serving(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db", **changes))
+    app = create_app(settings(tmp_path, **changes))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://cloud") as client:
@@ -157,8 +163,10 @@ async def test_the_first_prediction_comes_with_the_300th_frame_then_one_a_minute
         assert vehicle["scores"]["battery_degradation"] == 0
 
 
-async def test_an_alert_of_the_model_is_in_the_reply_and_in_the_list(tmp_path: Path, bundle: Path) -> None:
-    async with serving(tmp_path, bundle=bundle) as (client, _):
+async def test_an_alert_of_the_model_is_in_the_reply_and_in_the_list(
+    tmp_path: Path, bundle: Path, database_url: str
+) -> None:
+    async with serving(tmp_path, bundle=bundle, database_url=database_url) as (client, _):
         frames = [frame(s, **{SPEED: 200.0}) for s in range(300)]
         reply = (await client.post("/telemetry", json=post(*frames, make="sim"))).json()
         (told,) = [a for a in reply["alerts"] if a["failure_type"] == "battery_degradation"]
@@ -172,12 +180,14 @@ async def test_an_alert_of_the_model_is_in_the_reply_and_in_the_list(tmp_path: P
         assert vehicle["make"] == "sim"
 
 
-async def test_a_restart_continues_the_window_and_repeats_no_alert(tmp_path: Path, bundle: Path) -> None:
+async def test_a_restart_continues_the_window_and_repeats_no_alert(
+    tmp_path: Path, bundle: Path, database_url: str
+) -> None:
     first = [frame(s, **{SPEED: 200.0}) for s in range(330)]
-    async with serving(tmp_path, bundle=bundle) as (client, _):
+    async with serving(tmp_path, bundle=bundle, database_url=database_url) as (client, _):
         before = (await client.post("/telemetry", json=post(*first))).json()
         assert before["window"]["remaining_s"] == 30
-    async with serving(tmp_path, bundle=bundle) as (client, _):
+    async with serving(tmp_path, bundle=bundle, database_url=database_url) as (client, _):
         later = [frame(s, **{SPEED: 200.0}) for s in range(330, 360)]
         reply = (await client.post("/telemetry", json=post(*later))).json()
         assert reply["predictions"] == 1
@@ -396,8 +406,8 @@ def alert_item(vehicle_id: str, seq: int, **changes: Any) -> Any:
     return ingest.decide(topics.alert(vehicle_id, alert.failure_type), messages.encode(envelope))
 
 
-async def test_pages_follow_each_other_while_more_arrives(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, app):
+async def test_pages_follow_each_other_while_more_arrives(tmp_path: Path, database_url: str) -> None:
+    async with serving(tmp_path, database_url=database_url) as (client, app):
         store = app.state.service.store
         now = app.state.service.wall()
         await store.commit([alert_item(f"EV_{n % 3}", n) for n in range(1, 26)], received_at_s=now)
@@ -420,8 +430,8 @@ async def test_pages_follow_each_other_while_more_arrives(tmp_path: Path) -> Non
         assert ids == ["EV_0", "EV_1", "EV_2", "EV_9"]
 
 
-async def test_alerts_are_filtered_and_show_both_clocks(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (client, app):
+async def test_alerts_are_filtered_and_show_both_clocks(tmp_path: Path, database_url: str) -> None:
+    async with serving(tmp_path, database_url=database_url) as (client, app):
         items = [
             alert_item("EV_1", 1, severity="critical"), alert_item("EV_1", 2, origin="guard"),
             alert_item("EV_2", 1, failure_type="anomaly"), alert_item("EV_2", 2, transition="cleared"),
@@ -483,8 +493,8 @@ def _references(value: object) -> set[str]:
     return set().union(*(_references(v) for v in value)) if isinstance(value, list) else set()
 
 
-def test_the_socket_answers_every_message_in_order(tmp_path: Path, bundle: Path) -> None:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db", bundle=bundle))
+def test_the_socket_answers_every_message_in_order(tmp_path: Path, bundle: Path, database_url: str) -> None:
+    app = create_app(settings(tmp_path, bundle=bundle, database_url=database_url))
     with TestClient(app) as client, client.websocket_connect("/ws/telemetry") as socket:
         for second in range(300):
             one = frame(second, **{SPEED: 200.0})
@@ -501,7 +511,7 @@ def test_the_socket_answers_every_message_in_order(tmp_path: Path, bundle: Path)
 
 
 def test_a_socket_with_nothing_but_bad_messages_is_closed_with_a_reason(tmp_path: Path) -> None:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db", max_bad_messages=3))
+    app = create_app(settings(tmp_path, max_bad_messages=3))
     with TestClient(app) as client, client.websocket_connect("/ws/telemetry") as socket:
         for _ in range(3):
             socket.send_text("NaN")
@@ -513,7 +523,7 @@ def test_a_socket_with_nothing_but_bad_messages_is_closed_with_a_reason(tmp_path
 
 
 def test_another_sites_page_may_not_use_the_socket(tmp_path: Path) -> None:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db"))
+    app = create_app(settings(tmp_path))
     with TestClient(app) as client:
         with (
             pytest.raises(WebSocketDisconnect),

@@ -11,7 +11,7 @@ from cloud.api.settings import Settings
 
 
 async def fetch(path: str, tmp_path: Path) -> httpx.Response:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path / 'fleet.db'}"))
+    app = create_app(Settings(database_url=f"sqlite:///{tmp_path / 'fleet.db'}", lake=f"{tmp_path}/lake"))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

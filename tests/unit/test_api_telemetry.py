@@ -18,7 +18,9 @@ from cloud.store.items import TelemetryCommit, Written
 from edge_agent.contract.bundle import Decision
 from edge_agent.contract.signals import default_catalogue
 from tests.bundles import build_bundle
+from tests.databases import database_url, postgres_uri
 
+__all__ = ["database_url", "postgres_uri"]
 pytestmark = pytest.mark.anyio
 START = 1_772_000_000.0
 SPEED = "Vehicle.Speed"
@@ -31,7 +33,7 @@ def anyio_backend() -> str:
 
 @contextlib.asynccontextmanager
 async def serving(tmp_path: Path, **changes: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(database_url=f"sqlite:///{tmp_path}/v.db", **changes))
+    app = create_app(Settings(**{"database_url": f"sqlite:///{tmp_path}/v.db", "lake": f"{tmp_path}/lake", **changes}))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cloud") as client,
@@ -72,10 +74,10 @@ async def test_an_alert_decided_while_the_store_is_locked_is_stored_with_the_nex
         assert (alert["failure_type"], alert["origin"]) == ("thermal_runaway_risk", "guard")
 
 
-async def test_vehicles_that_were_put_aside_go_on_where_they_were(tmp_path: Path) -> None:
+async def test_vehicles_that_were_put_aside_go_on_where_they_were(tmp_path: Path, database_url: str) -> None:
     bundle = build_bundle(tmp_path / "bundle", default_catalogue())
     names = [f"EV_{n}" for n in range(5)]
-    async with serving(tmp_path, bundle=bundle, max_vehicles_in_memory=2) as client:
+    async with serving(tmp_path, bundle=bundle, max_vehicles_in_memory=2, database_url=database_url) as client:
         for begin in range(0, 300, 50):
             for name in names:
                 reply = (await client.post("/telemetry", json=frames(name, begin, 50))).json()
@@ -130,16 +132,18 @@ async def test_a_state_that_cannot_be_used_is_left_and_the_vehicle_begins_anew(t
         assert (await client.get("/health")).json()["telemetry"]["states_discarded"] == 1
 
 
-async def test_a_request_sent_again_after_another_one_or_a_restart_changes_nothing(tmp_path: Path) -> None:
+async def test_a_request_sent_again_after_another_one_or_a_restart_changes_nothing(
+    tmp_path: Path, database_url: str
+) -> None:
     bundle = build_bundle(tmp_path / "bundle", default_catalogue())
     first, second = frames("EV_1", 0, 100), frames("EV_1", 100, 100)
-    async with serving(tmp_path, bundle=bundle) as client:
+    async with serving(tmp_path, bundle=bundle, database_url=database_url) as client:
         for body in (first, second, first):
             reply = (await client.post("/telemetry", json=body)).json()
         assert reply["window"]["filled_s"] == 200
         assert reply["frames_accepted"] == 0
         assert reply["notes"] == ["frames not newer than the newest one before, left out as sent again: 100"]
-    async with serving(tmp_path, bundle=bundle) as client:
+    async with serving(tmp_path, bundle=bundle, database_url=database_url) as client:
         assert (await client.post("/telemetry", json=second)).json()["window"]["filled_s"] == 200
         assert (await client.get("/health")).json()["telemetry"]["frames_repeated"] == 100
         assert (await client.post("/telemetry", json=frames("EV_1", 200, 100))).json()["predictions"] == 1
