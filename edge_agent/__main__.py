@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "run":
             logs.configure(options.log)
             config = load_config(options.config)
-            run(config if options.speed is None else msgspec.structs.replace(config, speed=options.speed))
+            if options.speed is not None:
+                config = msgspec.structs.replace(config, speed=options.speed)
+            run(config, options.config.resolve())
         elif options.command == "update":
             from edge_agent.update.command import update  # noqa: PLC0415 - TUF is 25 MB that nothing else needs
 

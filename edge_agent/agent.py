@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ from edge_agent.clock import Clock, ScaledClock, SystemClock, TimeFloor, from_is
 from edge_agent.config import Config, read_text
 from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
-from edge_agent.contract.errors import BundleError, ConfigError, VoltwatchError
+from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.mapping import BoundMapping
 from edge_agent.contract.messages import Event
 from edge_agent.contract.signals import Catalogue, default_catalogue, parse_schema
@@ -34,8 +34,9 @@ from edge_agent.delivery.outbox import STREAMS, Outbox, OutboxError
 from edge_agent.delivery.uplink import Uplink
 from edge_agent.logs import event
 from edge_agent.mappings import read_mapping
+from edge_agent.models import Models
 from edge_agent.pipeline.alerts import iso
-from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
+from edge_agent.pipeline.bundle_dir import LoadedBundle
 from edge_agent.pipeline.chain import Pipeline
 from edge_agent.pipeline.outcomes import NoScore, Outcome, Scored
 from edge_agent.pipeline.reports import Report, drift_event_id
@@ -55,7 +56,7 @@ log = logging.getLogger("voltwatch.agent")
 class Agent:
     """One vehicle's agent. Raises `ConfigError` or `UnavailableError` for what must be right before it can start."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
+    def __init__(self, config: Config, clock: Clock, *, config_path: Path | None = None) -> None:
         self.config = config
         self.clock = clock
         self.counters: Counter[str] = Counter()
@@ -70,8 +71,10 @@ class Agent:
             build_loss=self._loss_event,
             max_bytes=config.outbox.max_bytes,
         )
-        self._bundle, self._bundle_problem = _try_bundle(config, catalogue)
-        self.pipeline = self._build_pipeline(catalogue, mapping)
+        self.models = Models(
+            config, catalogue, self._builder(catalogue, mapping), clock, timeline=self._timeline,
+            switched=self._switched, config_path=config_path,
+        )  # fmt: skip
         self._soc_column = catalogue.column("state_of_charge")
         self._soc: float | None = None
         self._floor = TimeFloor()
@@ -81,6 +84,8 @@ class Agent:
         self._status_wanted = True
         self._status_sent_s = -STATUS_S
         self._warming_said_s = clock.monotonic()
+        self._save_wanted = False
+        self._desired: deque[messages.Desired] = deque(maxlen=16)  # from the link's thread; the newest counts
         self._stopping = threading.Event()
         self.link = Link(
             config.mqtt,
@@ -90,13 +95,14 @@ class Agent:
             client_id=f"voltwatch-{config.vehicle_id}",
             will=health.offline(clock.boot_id),
             on_ack=self._heard_ack,
+            on_desired=self._desired.append,
         )
         self.reporter = Reporter(
             self.outbox, self.link, self._envelope, vehicle_id=config.vehicle_id, bundle=self._bundle
         )
         self._restore()
 
-    def _build_pipeline(self, catalogue: Catalogue, mapping: BoundMapping) -> Pipeline:
+    def _builder(self, catalogue: Catalogue, mapping: BoundMapping) -> Callable[[LoadedBundle | None], Pipeline]:
         def build(bundle: LoadedBundle | None) -> Pipeline:
             return Pipeline(
                 catalogue,
@@ -112,11 +118,24 @@ class Agent:
                 sampling=self.config.samples.limits,
             )
 
-        try:
-            return build(self._bundle)
-        except BundleError as error:
-            self._bundle, self._bundle_problem = None, f"no usable bundle, guards only: {error}"
-            return build(None)
+        return build
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The one that decides."""
+        return self.models.pipeline
+
+    @property
+    def _bundle(self) -> LoadedBundle | None:
+        return self.models.bundle
+
+    def _switched(self, last: list[Outcome], bundle: LoadedBundle | None) -> None:
+        """Another release is about to decide: what the one before it has to say is said in its name."""
+        offset_s = self._wall_offset_s()
+        self.reporter.store(last, offset_s)
+        self.reporter.retry(offset_s, now=True)
+        self.reporter.use(bundle)
+        self._save_wanted = True
 
     def run(self) -> None:
         """Run until `stop`."""
@@ -126,8 +145,9 @@ class Agent:
             release=None if self._bundle is None else self._bundle.manifest.release,
             model=None if self._bundle is None else self._bundle.manifest.name,
         )  # fmt: skip
-        if self._bundle_problem:
-            event(log, "problem", level=logging.WARNING, what=self._bundle_problem)
+        for problem in self.models.problems(clock_trusted=False):
+            event(log, "problem", level=logging.WARNING, what=problem)
+        self._publish_model_state()
         self.link.start()
         self._source.start()
         while not self._stopping.is_set():
@@ -151,7 +171,8 @@ class Agent:
         now_s = self.clock.monotonic()
         self._store(self.pipeline.idle(now_s))
         self.reporter.retry(self._wall_offset_s())
-        if now_s >= self._snapshot_at_s:
+        self._follow_models()
+        if now_s >= self._snapshot_at_s or self._save_wanted:
             self._save()
         self._warm(now_s)
         self._publish_status()
@@ -163,7 +184,7 @@ class Agent:
             known = known[np.isfinite(known)]
             if known.size:
                 self._soc = float(known[-1])
-        outcomes = self.pipeline.push(block)
+        outcomes = self.models.push(block)
         self._store(outcomes)
         self._status_wanted |= bool(outcomes)
         return outcomes
@@ -171,6 +192,19 @@ class Agent:
     def _store(self, outcomes: list[Outcome]) -> None:
         if self.reporter.store(outcomes, self._wall_offset_s()):
             self._save()
+
+    def _follow_models(self) -> None:
+        while self._desired:
+            self.models.want(self._desired.popleft())
+        if self.models.step():
+            self._publish_model_state()
+            self._status_wanted = True
+        if self.models.fresh_s is not None:
+            self._floor.floor_s = max(self._floor.floor_s, self.models.fresh_s)
+
+    def _publish_model_state(self) -> None:
+        topic = topics.model_state(self.config.vehicle_id)
+        self.link.publish_retained(topic, messages.encode(self.models.state()))
 
     def _envelope(self, report: Report, stream_id: str, seq: int) -> Event:
         return messages.event(
@@ -208,7 +242,7 @@ class Agent:
             shift = health.shift_s(
                 saved, timeline=self._timeline, now_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s()
             )
-            if self.pipeline.restore(saved.pipeline, shift_s=shift):
+            if self.models.restore(saved.pipeline, shift):
                 self.reporter.active = saved.active
                 event(log, "restored", vehicle=vehicle, saved=iso(saved.saved_s + saved.wall_offset_s))
                 self._settle_counts(saved, shift)
@@ -234,6 +268,8 @@ class Agent:
             self._store(self.pipeline.take_counts())  # an append of what it knows adds nothing
 
     def _save(self, *, stopped: bool = False) -> None:
+        self._save_wanted = False
+        self.models.save()
         self._snapshot_at_s = self.clock.monotonic() + SNAPSHOT_S
         state = health.SavedState(
             timeline=self._timeline, saved_s=self.clock.monotonic(), wall_offset_s=self._wall_offset_s(),
@@ -248,7 +284,8 @@ class Agent:
 
     def problems(self) -> tuple[str, ...]:
         """Everything that is wrong, in plain words."""
-        found = [self._bundle_problem, self._source.problem, self.reporter.problem, self.link.problem]
+        found = self.models.problems(clock_trusted=self._clock_trusted())
+        found += [self._source.problem, self.reporter.problem, self.link.problem]
         if not self._clock_trusted():
             found.append("clock not trusted: " + ("scaled" if not self.clock.trusted_rate else "before the known time"))
         stale = self.pipeline.stale
@@ -261,6 +298,7 @@ class Agent:
         """Return the status as it stands."""
         last = self.pipeline.last_arrival_s
         counters = {**self.pipeline.counters, **self._source.counters, **self.reporter.counters, **self.counters}
+        counters |= self.models.counters
         counters |= {f"link_{name}": n for name, n in self.link.all_counters().items()}
         counters |= {f"outbox_{name}": n for name, n in self.outbox.counters.items()}
         counters["values_masked"] = self._source.masked.total()
@@ -322,6 +360,7 @@ class Agent:
         offset_s = self._wall_offset_s()
         self.reporter.store(self.pipeline.take_counts(), offset_s)
         self.reporter.retry(offset_s, now=True)
+        self.models.stop()
         self._save(stopped=True)
         ended = self.link.stop(self.status(state="offline"))
         try:
@@ -334,12 +373,12 @@ class Agent:
             {name: n for name, n in self.pipeline.counters.items() if n}).decode())  # fmt: skip
 
 
-def run(config: Config) -> None:
-    """Run the agent until SIGTERM or SIGINT."""
+def run(config: Config, config_path: Path | None = None) -> None:
+    """Run the agent until SIGTERM or SIGINT; without the file of its configuration there are no updates."""
     clock: Clock = SystemClock()
     if config.speed != 1.0:
         clock = ScaledClock(clock, config.speed)
-    agent = Agent(config, clock)
+    agent = Agent(config, clock, config_path=config_path)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.run()
@@ -365,16 +404,6 @@ def open_can(config: Config, catalogue: Catalogue, now: Callable[[], float]) -> 
     bound = BoundMapping(mapping, catalogue, can_source.signal_names(database), source.mapping)
     open_bus = can_source.bus_opener(source.interface, source.channel, source.bitrate, source.options)
     return can_source.CanSource(open_bus, can_source.Decoder(database, bound.columns), bound, now), bound
-
-
-def _try_bundle(config: Config, catalogue: Catalogue) -> tuple[LoadedBundle | None, str]:
-    """Load the bundle; without one the guards run alone, and the reason is said."""
-    if not config.bundle:
-        return None, "no bundle configured: guards only"
-    try:
-        return load_bundle(Path(config.bundle), catalogue, config.make), ""
-    except VoltwatchError as error:
-        return None, f"no usable bundle, guards only: {error}"
 
 
 def _rounded(table: dict[str, float | None]) -> dict[str, Any]:

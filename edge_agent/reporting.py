@@ -67,6 +67,10 @@ class Reporter:
         self._waiting: dict[str, deque[Told]] = {stream: deque() for stream in STREAMS}
         self._retry_at_s = 0.0
 
+    def use(self, bundle: LoadedBundle | None) -> None:
+        """Say from now on that it is this bundle that decides."""
+        self._bundle = bundle
+
     def store(self, outcomes: Iterable[Outcome], offset_s: float) -> bool:
         """Store what is said; `offset_s` makes wall time of the source's. True when the state should be saved now.
 

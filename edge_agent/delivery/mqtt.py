@@ -40,7 +40,8 @@ log = logging.getLogger("voltwatch.link")
 class Link:
     """Carries out an uplink over MQTT in a thread of its own. Its methods may be called from any thread.
 
-    `on_ack` is called in the link's thread with every well-formed ack. `will` is published by the broker, retained, on
+    `on_ack` and `on_desired` are called in the link's thread with every well-formed ack and desired release; without
+    `on_desired` the latter is not subscribed to. `will` is published by the broker, retained, on
     the status topic when the vehicle vanishes; None for who is not the vehicle itself.
     """
 
@@ -54,6 +55,7 @@ class Link:
         client_id: str,
         will: bytes | None,
         on_ack: Callable[[messages.Ack], None] = lambda _: None,
+        on_desired: Callable[[messages.Desired], None] | None = None,
     ) -> None:
         self._broker = broker
         self._vehicle_id = vehicle_id
@@ -62,6 +64,7 @@ class Link:
         self._client_id = client_id
         self._will = will
         self._on_ack = on_ack
+        self._on_desired = on_desired
         self._protocol = 5 if broker.protocol == 5 else 4
         self._early_ends = 0  # connections in a row that ended before the CONNACK
         self._client: paho.Client | None = None
@@ -299,12 +302,17 @@ class Link:
         self._early_ends = 0
         self._maximum_packet = int(getattr(properties, "MaximumPacketSize", 0) or 0)
         self._receive_maximum = int(getattr(properties, "ReceiveMaximum", 65_535) or 65_535)
-        client.subscribe(topics.ack(self._vehicle_id), qos=1)
+        wanted = [topics.ack(self._vehicle_id)]
+        if self._on_desired is not None:
+            wanted.append(topics.model_desired(self._vehicle_id))
+        client.subscribe([(topic, 1) for topic in wanted])
 
     def _on_subscribe(self, client: paho.Client, _: Any, __: int, reasons: list[ReasonCode], ___: Any) -> None:
         if reasons[0].is_failure:
             self._lost(client, f"may not subscribe to its own acks: {reasons[0].getName()}")
             return
+        if any(reason.is_failure for reason in reasons[1:]):
+            self.counters["desired_not_subscribed"] += 1  # releases are still asked for over HTTP
         self._ready = True
         self._retained_dirty = set(self._retained)
         self._uplink.connected(time.monotonic(), max(1, self._receive_maximum - 2))
@@ -399,6 +407,9 @@ class Link:
                     self._retained_dirty.discard(topic)
 
     def _on_message(self, _: paho.Client, __: Any, message: paho.MQTTMessage) -> None:
+        if message.topic == topics.model_desired(self._vehicle_id):
+            self._take_desired(bytes(message.payload))
+            return
         try:
             ack = messages.decode_ack(bytes(message.payload))
         except MessageError as error:
@@ -411,6 +422,15 @@ class Link:
             rows = sum(last - first + 1 for first, last in released)
             event(log, "ack", rows=rows, ranges=",".join(f"{first}-{last}" for first, last in released))
             self._on_ack(ack)
+
+    def _take_desired(self, payload: bytes) -> None:
+        if not payload or self._on_desired is None:  # cleared: nothing is desired, what runs goes on
+            return
+        try:
+            self._on_desired(messages.decode_desired(payload))
+        except MessageError as error:
+            self.counters["desired_malformed"] += 1
+            event(log, "desired refused", level=logging.WARNING, reason=str(error))
 
     def _say_farewell(self) -> None:
         """Publish the last status and disconnect in order, so that the broker keeps it instead of the will."""

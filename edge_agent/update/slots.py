@@ -201,6 +201,11 @@ def end(slots: Slots) -> Slots:
     return replace(slots, ended=True)
 
 
+def settled(slots: Slots) -> Slots:
+    """Record that what is asked for is what decides: what was refused before is no news any more."""
+    return replace(slots, last=None)
+
+
 def refuse(slots: Slots, last: Last, *, bad: bool) -> Slots:
     """Record a release that did not come as far as a slot; `bad`: it is not to be fetched again."""
     if bad and last.counter is not None:
