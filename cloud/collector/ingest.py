@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from cloud.store.drift_rows import MOST_WINDOWS
 from cloud.store.items import CurrentItem, EventItem, Item, ParkItem, RefusedItem, StatusItem, folded
 from cloud.store.wire_time import unix_s
 from cloud.store.writing import SERVER_STREAM
@@ -21,7 +22,10 @@ _CARRIES: dict[str, tuple[type, ...]] = {
     "alert": (Alert,), "notice": (Loss, ReplaySummary), "drift": (DriftCounts,), "sample": (Sample,),
 }  # fmt: skip
 _MAX_TIME = 40  # characters of a time, as the envelope allows
-_MAX_COUNT = 2**62  # what a 64-bit column holds, with room
+_MAX_COUNT = 2**62  # what a 64-bit column holds, with room: of a number that is never added to another
+# what is added up has less: a fleet's sums then stay far below 2**63. No vehicle comes near any of these
+_MAX_LOST = 10**12  # messages: more than a thousand a second for thirty years
+_MAX_FRAMES = 100_000  # of one window, as `WindowSpec` allows: its newest stride is no longer
 
 
 class _RefusedError(Exception):
@@ -101,7 +105,7 @@ def _check_event(parsed: Topic, envelope: Event, data: EventData) -> None:
         _check_count(data.model_release)
     elif isinstance(data, Loss):
         _check_text(data.stream_id, data.stream, data.reason)
-        _check_count(data.count)
+        _check_count(data.count, _MAX_LOST)
     elif isinstance(data, DriftCounts):
         _check_drift(data)
     elif isinstance(data, Sample):
@@ -118,7 +122,7 @@ def _check_drift(told: DriftCounts) -> None:
     _check_moment(told.first_time)
     _check_moment(told.last_time)
     _check_count(told.model_release)
-    _check_count(told.windows)
+    _check_count(told.windows, MOST_WINDOWS)
     if not told.variables:
         raise _RefusedError("counts", "drift counts of no variable")
     seen: dict[str, int] = {}
@@ -129,7 +133,7 @@ def _check_drift(told: DriftCounts) -> None:
         if variable.name in seen:
             raise _RefusedError("counts", f"drift counts of {variable.name[:80]!a} twice in one message")
         total = seen[variable.name] = sum(variable.counts)
-        _check_count(total)
+        _check_count(total, told.windows * _MAX_FRAMES)
         if total != told.windows and (not told.windows or not total or total % told.windows):
             raise _RefusedError(
                 "counts", f"counts of {variable.name[:80]!a} add up to {total}, which is no multiple of the "
@@ -179,6 +183,6 @@ def _check_text(*texts: str) -> None:
             raise _RefusedError("malformed", f"text with characters that cannot be shown: {text[:80]!a}")
 
 
-def _check_count(number: int | None) -> None:
-    if number is not None and not 0 <= number <= _MAX_COUNT:
-        raise _RefusedError("malformed", f"number {str(number)[:40]} is outside 0 to {_MAX_COUNT}")
+def _check_count(number: int | None, most: int = _MAX_COUNT) -> None:
+    if number is not None and not 0 <= number <= most:
+        raise _RefusedError("malformed", f"number {str(number)[:40]} is outside 0 to {most}")

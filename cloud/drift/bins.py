@@ -19,6 +19,9 @@ from edge_agent.contract.messages import DriftVariable
 IntArray = npt.NDArray[np.int64]
 
 
+MOST_COUNTED = 10**12  # by one variable of one message; a thousand times what may be sent, and far from 2**63 in sums
+
+
 class CountsError(ValueError):
     """These counts were not made with these bins; `str()` of it says which variable and why."""
 
@@ -59,6 +62,9 @@ class Bins:
 
     def flatten(self, counted: Sequence[DriftVariable]) -> IntArray:
         """Lay counts out as a row [width]; a variable that was not counted is zeros. Raises `CountsError`."""
+        for variable in counted:
+            if sum(variable.counts) > MOST_COUNTED:
+                raise CountsError(f"{variable.name[:80]!a} counts more than {MOST_COUNTED} values")
         if tuple(v.name for v in counted) == self.names and tuple(len(v.counts) for v in counted) == self.lengths:
             return np.fromiter(chain.from_iterable(v.counts for v in counted), np.int64, self.width)
         row = np.zeros(self.width, np.int64)

@@ -118,6 +118,8 @@ def is_away(error: BaseException) -> bool:
         return True
     if not isinstance(error, sa.exc.DBAPIError):
         return False
+    if "integer overflow" in str(error.orig):  # SQLite's SUM: an OperationalError that no waiting mends
+        return False
     if error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         return True
     if _state(error).startswith((*_AWAY_STATES, *_WRONG_STATES)):

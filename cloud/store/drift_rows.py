@@ -24,11 +24,15 @@ from edge_agent.contract.messages import DriftCounts
 
 CHUNK = 200  # messages of some 6 kB decoded at a time: 20 ms, and then others have their turn
 _LOCK = 0x766F6C7464726966  # "voltdrif": PostgreSQL's advisory locks are 64-bit numbers
+# of one message: a vehicle sends at least once a day of its clock, and makes at most a window a second (86,400)
+MOST_WINDOWS = 100_000
 MOST_LISTED = 100  # unknown references, and problems, in one answer
 
 _drift = tables.drift.c
 _known = tables.drift_reference.c
 _alert = tables.drift_alert.c
+# a row of an older release may say 2**62, of which two are more than SQLite adds up
+_windows = sa.func.sum(sa.case((_drift.windows > MOST_WINDOWS, MOST_WINDOWS), else_=_drift.windows)).label("windows")
 
 
 class _Body(msgspec.Struct, frozen=True):
@@ -189,7 +193,7 @@ async def totals(
     query = (
         sa.select(
             _drift.vehicle_id, tables.vehicle.c.make, _drift.stratum,
-            sa.func.sum(_drift.windows).label("windows"), sa.func.count().label("messages"),
+            _windows, sa.func.count().label("messages"),
         )
         .join(tables.vehicle, tables.vehicle.c.vehicle_id == _drift.vehicle_id)
         .where(*_counted(reference, span, up_to))
@@ -244,7 +248,7 @@ async def waiting(connection: AsyncConnection, span: Span, vehicle_id: str | Non
         sa.select(
             _drift.reference, sa.func.min(_drift.model_release).label("first_release"),
             sa.func.max(_drift.model_release).label("last_release"), sa.func.count().label("messages"),
-            sa.func.sum(_drift.windows).label("windows"),
+            _windows,
             sa.func.count(sa.distinct(_drift.vehicle_id)).label("vehicles"),
         )
         .where(_drift.at_s >= span.from_s, _drift.at_s < span.to_s)

@@ -163,6 +163,7 @@ async def parked_count(connection: AsyncConnection) -> int:
 
 async def loss_totals(connection: AsyncConnection) -> tuple[int, int]:
     """Return (records, messages) that vehicles said they lost."""
-    count = sa.func.coalesce(sa.func.sum(tables.loss.c.count), 0)
+    # in floating point, as SQLite's sum of integers fails beyond 2**63; whole up to 2**53
+    count = sa.func.coalesce(sa.func.sum(sa.cast(tables.loss.c.count, sa.Double)), 0.0)
     row = (await connection.execute(sa.select(sa.func.count(), count).select_from(tables.loss))).one()
     return int(row[0]), int(row[1])
