@@ -263,7 +263,7 @@ class Agent:
             return
         age_s = min(SNAPSHOT_S, self.clock.monotonic() - saved.saved_s) if shift_s == 0.0 else SNAPSHOT_S
         self.counters["drift_windows_lost_at_most"] += math.ceil(age_s / bundle.manifest.window.stride_s)
-        ids = [drift_event_id(c, self.config.vehicle_id, bundle) for c in self.pipeline.open_counts]
+        ids = [drift_event_id(c, self.config.vehicle_id) for c in self.pipeline.open_counts]
         if any(self.outbox.knows("drift", event_id) for event_id in ids):
             self._store(self.pipeline.take_counts())  # an append of what it knows adds nothing
 

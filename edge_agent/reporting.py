@@ -78,18 +78,21 @@ class Reporter:
         """
         told = [outcome for outcome in outcomes if isinstance(outcome, Told)]
         for outcome in sorted(told, key=lambda o: STREAMS.index(STREAM_OF[type(o)])):
-            self._try(outcome, offset_s)
+            stream = STREAM_OF[type(outcome)]
+            # behind what waits: an alert's end must not overtake its beginning
+            if self._waiting[stream] or not self._told(stream, outcome, offset_s):
+                self._keep(stream, outcome)
         return any(isinstance(outcome, AlertChange | Counted) for outcome in told)
 
     def retry(self, offset_s: float, *, now: bool = False) -> bool:
         """Try again what was refused, when its time has come; True where something was tried."""
         if not any(self._waiting.values()) or not (now or time.monotonic() >= self._retry_at_s):
             return False
-        waiting, self._waiting = self._waiting, {stream: deque() for stream in STREAMS}
         self.problem = ""
         for stream in STREAMS:
-            for outcome in waiting[stream]:
-                self._try(outcome, offset_s)
+            waiting = self._waiting[stream]
+            while waiting and self._told(stream, waiting[0], offset_s):
+                waiting.popleft()
         return True
 
     @property
@@ -103,9 +106,8 @@ class Reporter:
             moved = replace(counted, first_s=counted.first_s + shift_s, last_s=counted.last_s + shift_s)
             self._waiting["drift"].append(moved)
 
-    def _try(self, outcome: Told, offset_s: float) -> None:
-        """Put an outcome on the disk, or keep it in memory and say so where the disk refuses."""
-        stream = STREAM_OF[type(outcome)]
+    def _told(self, stream: str, outcome: Told, offset_s: float) -> bool:
+        """Put an outcome on the disk; False, said, where the disk refuses. What can never be a message is counted."""
         try:
             if isinstance(outcome, AlertChange):
                 self._alert(outcome, offset_s)
@@ -114,12 +116,16 @@ class Reporter:
                     self._append(report)
         except OutboxError as error:
             self.counters[f"{stream}_not_stored"] += 1
-            self._keep(stream, outcome)
             self._retry_at_s = time.monotonic() + RETRY_S
             problem = f"{WORDS[stream]} cannot be stored: {error}"
             if not self.problem:
                 self.problem = problem
             event(log, "problem", level=logging.ERROR, what=problem)
+            return False
+        except ValueError as error:  # too large, or a number that is not finite: no later try would end otherwise
+            self.counters[f"{stream}_refused"] += 1
+            event(log, "problem", level=logging.ERROR, what=f"{WORDS[stream]} that are no message: {error}")
+        return True
 
     def _keep(self, stream: str, outcome: Told) -> None:
         waiting = self._waiting[stream]

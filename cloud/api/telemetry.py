@@ -137,7 +137,8 @@ class TelemetryService:
         vehicle.dirty = True
         vehicle.frames_at_s = now = self._wall()
         if outcomes or vehicle.pending or now - vehicle.committed_at_s >= TOUCH_S or now < vehicle.committed_at_s:
-            await self._save(vehicle_id, vehicle, snapshot=bool(outcomes))
+            # with an older state, a kill would have it said again, under the same name, and what came since dropped
+            await self._save(vehicle_id, vehicle, snapshot=bool(outcomes or vehicle.pending))
         self.counters["windows_scored"] += len(predictions)
         self.counters["alerts"] += len(alerts)
         return TelemetryReply(
@@ -162,7 +163,7 @@ class TelemetryService:
                 continue
             async with self._alone(vehicle_id):
                 vehicle = self._vehicles.get(vehicle_id)
-                if vehicle is None or not vehicle.pipeline.open_counts:
+                if vehicle is None or not (vehicle.pipeline.open_counts or vehicle.pending):
                     continue
                 if self._wall() - vehicle.frames_at_s >= SILENT_S:
                     self._say(vehicle_id, vehicle, vehicle.pipeline.take_counts())

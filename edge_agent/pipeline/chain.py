@@ -79,6 +79,7 @@ class Pipeline:
                 failure_types=bundle.manifest.failure_types,
                 spec=spec,
                 reference_id=bundle.drift_reference_sha256,
+                release=bundle.manifest.release,
                 timeline=timeline,
                 publish_s=publish_s,
             )

@@ -96,6 +96,7 @@ class DriftCounter:
     """Counts scored windows against one reference.
 
     reference_id  identity of the bins (sha256 of the file): a snapshot of others is refused
+    release       of the bundle that the bins belong to
     timeline      part of a span's key: "" where times are Unix seconds, else the boot id
     publish_s     a span is over when so much of the source's time has passed since its first window
     """
@@ -109,6 +110,7 @@ class DriftCounter:
         failure_types: tuple[str, ...] = (),
         spec: WindowSpec | None = None,
         reference_id: str = "",
+        release: int = 0,
         timeline: str = "",
         publish_s: float = PUBLISH_S,
     ) -> None:
@@ -124,6 +126,7 @@ class DriftCounter:
         self._scores = [v for v in reference.variables if v.kind == "score"]
         self._types = failure_types
         self._reference_id = reference_id
+        self._release = release
         self._timeline = timeline
         self._publish_s = publish_s
         self._ordinal = 0  # of the open span: two spans never share a key, though a clock be set back between them
@@ -157,7 +160,10 @@ class DriftCounter:
     def open(self) -> tuple[Counted, ...]:
         """What `take` would return now."""
         return tuple(
-            Counted(self._key, s.stratum, s.first_s, s.last_s, s.windows, s.variables) for s in self._stratum_spans()
+            Counted(
+                self._key, s.stratum, s.first_s, s.last_s, s.windows, s.variables, self._reference_id, self._release
+            )
+            for s in self._stratum_spans()
         )
 
     def take(self) -> tuple[Counted, ...]:

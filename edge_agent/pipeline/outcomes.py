@@ -113,7 +113,8 @@ class Counted:
     """Drift counts of one span of time and one stratum; spans follow each other without overlap or gap.
 
     `key` identifies the span together with vehicle and stratum: it is given with the span's first window and stays the
-    same over a restart. `first_s` and `last_s` are the ends of the stratum's first and last window.
+    same over a restart. `first_s` and `last_s` are the ends of the stratum's first and last window. `reference` (sha256
+    of its bins) and `model_release` are of the bundle they were counted with, whichever is installed when they leave.
     """
 
     key: str
@@ -122,6 +123,8 @@ class Counted:
     last_s: float
     windows: int
     variables: tuple[DriftVariable, ...]
+    reference: str
+    model_release: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,14 +36,11 @@ def reports(
     """Return what an outcome says to the cloud; nothing for windows, which stay on the vehicle.
 
     `offset_s` is added to the source's times to make wall time: 0 for recordings and for telemetry with its own time.
-    Raises `ValueError` for drift counts without the bundle whose bins they are in: that is our own fault.
     """
     if isinstance(outcome, AlertChange):
         return (alert_report(outcome, vehicle_id=vehicle_id, bundle=bundle, offset_s=offset_s),)
     if isinstance(outcome, Counted):
-        if bundle is None:
-            raise ValueError("drift counts without a bundle")
-        return (drift_report(outcome, vehicle_id=vehicle_id, bundle=bundle, offset_s=offset_s),)
+        return (drift_report(outcome, vehicle_id=vehicle_id, offset_s=offset_s),)
     if isinstance(outcome, Sampled):
         return sample_reports(outcome, vehicle_id=vehicle_id, offset_s=offset_s)
     return ()
@@ -59,23 +56,23 @@ def alert_report(
     return Report("alert", event_id, topic, iso(change.time_s + offset_s), change.failure_type, alert)
 
 
-def drift_event_id(counted: Counted, vehicle_id: str, bundle: LoadedBundle) -> str:
+def drift_event_id(counted: Counted, vehicle_id: str) -> str:
     """Return the id under which these counts are sent once, however often their window is counted again."""
-    name = f"{vehicle_id}|drift|{bundle.drift_reference_sha256}|{counted.key}|{counted.stratum}"
+    name = f"{vehicle_id}|drift|{counted.reference}|{counted.key}|{counted.stratum}"
     return str(uuid.uuid5(NAMESPACE, name))
 
 
-def drift_report(counted: Counted, *, vehicle_id: str, bundle: LoadedBundle, offset_s: float = 0.0) -> Report:
+def drift_report(counted: Counted, *, vehicle_id: str, offset_s: float = 0.0) -> Report:
     """Return the counts of one span and stratum."""
     counts = DriftCounts(
-        model_release=bundle.manifest.release,
-        reference=bundle.drift_reference_sha256,
+        model_release=counted.model_release,
+        reference=counted.reference,
         first_time=iso(counted.first_s + offset_s),
         last_time=iso(counted.last_s + offset_s),
         windows=counted.windows,
         variables=counted.variables,
     )
-    event_id = drift_event_id(counted, vehicle_id, bundle)
+    event_id = drift_event_id(counted, vehicle_id)
     return Report("drift", event_id, topics.drift(vehicle_id), counts.last_time, counted.stratum, counts)
 
 

@@ -1,5 +1,6 @@
 """Drift counts and samples of vehicles without an agent: events of the server's own stream, stored with their state."""
 
+import asyncio
 import contextlib
 import math
 import sqlite3
@@ -9,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from cloud.api import service as service_module
 from cloud.api import telemetry
 from cloud.store import connect
+from cloud.store.fleet_store import StoreAwayError
 from edge_agent.contract import messages
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.signals import default_catalogue
@@ -135,3 +138,55 @@ async def test_counts_decided_while_the_store_is_locked_are_stored_with_the_next
         locker.close()
         assert (await post(client, sent[3_600:3_900])).status_code == 200
         assert counted(tmp_path) == 60, "an hour of windows, one a minute"
+
+
+async def test_counts_that_a_locked_store_refused_are_counted_once_also_over_a_crash(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "BUSY_TIMEOUT_MS", 50)
+    sent = frames(drive(2_700))
+    scored = 0
+    async with serving(tmp_path, bundle=bundle) as client:
+        service = client._transport.app.state.service.telemetry  # type: ignore[attr-defined]
+        for begin in range(0, 900, CHUNK):
+            scored += (await post(client, sent[begin : begin + CHUNK])).json()["predictions"]
+        monkeypatch.setattr(telemetry, "SILENT_S", 0.0)
+        with contextlib.closing(sqlite3.connect(tmp_path / "v.db", isolation_level=None)) as locker:
+            locker.execute("BEGIN IMMEDIATE")
+            with contextlib.suppress(StoreAwayError):
+                await service.rest()
+            locker.execute("ROLLBACK")
+        assert counted(tmp_path) == 0
+        await service.rest()
+        assert counted(tmp_path) == scored, "a second try stores what the first could not"
+        monkeypatch.setattr(telemetry, "SILENT_S", 300.0)
+        assert (await post(client, sent[900:910])).json()["predictions"] == 0
+
+        async def crash(*_: object, **__: object) -> bool:
+            return True
+
+        monkeypatch.setattr(service, "_put_aside", crash)  # what comes now was never saved
+    async with serving(tmp_path, bundle=bundle) as client:
+        service = client._transport.app.state.service.telemetry  # type: ignore[attr-defined]
+        for begin in range(900, 2_700, CHUNK):
+            scored += (await post(client, sent[begin : begin + CHUNK])).json()["predictions"]
+        monkeypatch.setattr(telemetry, "SILENT_S", 0.0)
+        await service.rest()
+    assert counted(tmp_path) == scored
+
+
+async def test_the_service_lets_silent_vehicles_counts_leave_by_itself(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "REST_STEP_S", 0.05)
+    monkeypatch.setattr(telemetry, "SILENT_S", 0.0)
+    sent = frames(drive(900))
+    async with serving(tmp_path, bundle=bundle) as client:
+        scored = 0
+        for begin in range(0, 900, CHUNK):
+            scored += (await post(client, sent[begin : begin + CHUNK])).json()["predictions"]
+        for _ in range(100):
+            if counted(tmp_path) == scored > 0:
+                break
+            await asyncio.sleep(0.05)
+        assert counted(tmp_path) == scored > 0

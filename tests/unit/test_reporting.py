@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,15 @@ SAMPLE = Sampled("/700000", 700.0, 60.0, 1.0, "driving", "alert", b"packed" * 10
 
 def counts(ordinal: int, windows: int = 10) -> Counted:
     variable = DriftVariable(name="anomaly_score", stratum="driving", counts=(windows, 0, 0))
-    return Counted(f"/{ordinal}/0", "driving", 0.0, 60.0 * windows, windows, (variable,))
+    return Counted(f"/{ordinal}/0", "driving", 0.0, 60.0 * windows, windows, (variable,), "ab" * 32, 7)
 
 
 class Vehicle:
     """An outbox on the disk and a link that nobody started."""
 
-    def __init__(self, folder: Path, bundle: LoadedBundle) -> None:
+    def __init__(self, folder: Path, bundle: LoadedBundle | None, *, reserve_bytes: int = 0) -> None:
         self.numbered: list[str] = []
-        self.outbox = Outbox(folder, notice_topic="n", build_loss=lambda *_: b"loss", reserve_bytes=0)
+        self.outbox = Outbox(folder, notice_topic="n", build_loss=lambda *_: b"loss", reserve_bytes=reserve_bytes)
         uplink = Uplink(self.outbox.stream_ids, STREAMS, lambda: 0.5)
         link = Link(BrokerConfig(port=free_port()), "EV_1", self.outbox, uplink, client_id="c", will=None)
         self.reporter = Reporter(self.outbox, link, self.envelope, vehicle_id="EV_1", bundle=bundle)
@@ -129,3 +130,46 @@ def test_counts_that_no_queue_took_are_kept_with_the_saved_state(
     after.reporter.retry(0.0, now=True)
     assert after.rows() == {"drift": 2}
     after.outbox.close()
+
+
+def test_kept_counts_leave_under_their_own_bins_with_another_bundle_or_none(vehicle: Vehicle, tmp_path: Path) -> None:
+    vehicle.outbox.close()
+    after = Vehicle(tmp_path, None)
+    after.reporter.restore_counts((counts(0), counts(1)), shift_s=0.0)
+    after.reporter.retry(0.0, now=True)
+    assert after.rows() == {"drift": 2}
+    for seq in (1, 2):
+        row = after.outbox.get("drift", seq)
+        assert row is not None
+        _, data = messages.decode_event(row.payload, "EV_1")
+        assert isinstance(data, messages.DriftCounts)
+        assert (data.reference, data.model_release) == ("ab" * 32, 7)
+    after.outbox.close()
+
+
+def test_the_end_of_an_alert_does_not_overtake_its_beginning(vehicle: Vehicle) -> None:
+    end = replace(ALERT, time_s=760.0, transition="cleared")
+    with vehicle.full_disk():
+        vehicle.reporter.store([ALERT], 0.0)
+    vehicle.reporter.store([end], 0.0)  # there is space again, but the retry's time has not come
+    assert vehicle.rows() == {}
+    vehicle.reporter.retry(0.0, now=True)
+    said = []
+    for seq in (1, 2):
+        row = vehicle.outbox.get("alert", seq)
+        assert row is not None
+        _, data = messages.decode_event(row.payload, "EV_1")
+        assert isinstance(data, messages.Alert)
+        said.append(data.transition)
+    assert said == ["raised", "cleared"]
+    assert vehicle.reporter.active == {}, "and nothing is retained of it"
+
+
+def test_what_can_never_be_a_message_is_counted_and_stops_nothing_behind_it(vehicle: Vehicle) -> None:
+    huge = replace(counts(0), variables=tuple(counts(0).variables[0] for _ in range(2_000)))
+    with vehicle.full_disk():
+        vehicle.reporter.store([huge, counts(1)], 0.0)
+    assert vehicle.reporter.retry(0.0, now=True)
+    assert vehicle.rows() == {"drift": 1}
+    assert vehicle.reporter.counters["drift_refused"] == 1
+    assert vehicle.reporter.unstored_counts == ()
