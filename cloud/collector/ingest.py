@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cloud.store.drift_rows import MOST_WINDOWS
+from cloud.drift.bins import MOST_WINDOWS
 from cloud.store.items import CurrentItem, EventItem, Item, ParkItem, RefusedItem, StatusItem, folded
 from cloud.store.wire_time import unix_s
 from cloud.store.writing import SERVER_STREAM

@@ -4,22 +4,25 @@ Pure. `flatten` says why counts do not fit instead of guessing where they belong
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cloud.drift import statistics
 from cloud.drift.statistics import Distances
-from edge_agent.contract.bundle import DriftReference, DriftReferenceVariable, parse_drift_reference
-from edge_agent.contract.messages import DriftVariable
+from edge_agent.contract.bundle import DriftReference, DriftReferenceVariable, WindowSpec, parse_drift_reference
+from edge_agent.contract.errors import BundleError
+from edge_agent.contract.messages import DriftCounts, DriftVariable
 
 IntArray = npt.NDArray[np.int64]
 
 
-MOST_COUNTED = 10**12  # by one variable of one message; a thousand times what may be sent, and far from 2**63 in sums
+# of one message: a vehicle sends at least once a day of its clock, and makes at most a window a second (86,400)
+MOST_WINDOWS = 100_000
 
 
 class CountsError(ValueError):
@@ -31,6 +34,7 @@ class Bins:
     """Bins of every variable of a reference, one after the other."""
 
     reference: DriftReference
+    spec: WindowSpec = field(default_factory=WindowSpec)
 
     @cached_property
     def variables(self) -> tuple[DriftReferenceVariable, ...]:
@@ -60,11 +64,33 @@ class Bins:
         """Length of a row."""
         return sum(self.lengths)
 
+    @property
+    def frames_a_window(self) -> int:
+        """Frames that a window adds to each signal: those of its newest stride, as the vehicle counts them."""
+        return min(self.spec.frames, max(1, round(self.spec.stride_s / self.spec.period_s)))
+
+    def row(self, told: DriftCounts) -> IntArray:
+        """Lay one message's counts out as a row [width]. Raises `CountsError`, also where they do not add up.
+
+        A feature or score is counted once a window, a signal once a frame of the newest stride. A message that counts
+        more of one variable would weigh more than its windows, which is what a vehicle's share goes by.
+        """
+        if told.windows > MOST_WINDOWS:
+            raise CountsError(f"more than {MOST_WINDOWS} windows in one message")
+        for variable in told.variables:
+            kind = self._kinds.get(variable.name)
+            due = told.windows * (self.frames_a_window if kind == "signal" else 1)
+            if kind is not None and sum(variable.counts) != due:
+                each = f"{self.frames_a_window} frames" if kind == "signal" else "one"
+                raise CountsError(f"{variable.name[:80]!a}: its counts are not {each} a window")
+        return self.flatten(told.variables)
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return {v.name: v.kind for v in self.variables}
+
     def flatten(self, counted: Sequence[DriftVariable]) -> IntArray:
         """Lay counts out as a row [width]; a variable that was not counted is zeros. Raises `CountsError`."""
-        for variable in counted:
-            if sum(variable.counts) > MOST_COUNTED:
-                raise CountsError(f"{variable.name[:80]!a} counts more than {MOST_COUNTED} values")
         if tuple(v.name for v in counted) == self.names and tuple(len(v.counts) for v in counted) == self.lengths:
             return np.fromiter(chain.from_iterable(v.counts for v in counted), np.int64, self.width)
         row = np.zeros(self.width, np.int64)
@@ -116,6 +142,10 @@ class Bins:
 
 
 @lru_cache(maxsize=16)
-def read_bins(body: bytes) -> Bins:
-    """Read `drift_reference.json`. Raises `BundleError` when malformed."""
-    return Bins(parse_drift_reference(body, "drift reference"))
+def read_bins(body: bytes, window_spec: str) -> Bins:
+    """Read `drift_reference.json` and the JSON of its release's `WindowSpec`. Raises `BundleError` when malformed."""
+    try:
+        spec = msgspec.json.decode(window_spec, type=WindowSpec)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"drift reference: its window: {error}") from error
+    return Bins(parse_drift_reference(body, "drift reference"), spec)

@@ -14,7 +14,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cloud.drift.bins import Bins, CountsError, IntArray, read_bins
+from cloud.drift.bins import MOST_WINDOWS, Bins, CountsError, IntArray, read_bins
 from cloud.drift.decide import Changes, Judged, Open, Scope
 from cloud.store import tables
 from cloud.store.items import EventItem
@@ -24,8 +24,6 @@ from edge_agent.contract.messages import DriftCounts
 
 CHUNK = 200  # messages of some 6 kB decoded at a time: 20 ms, and then others have their turn
 _LOCK = 0x766F6C7464726966  # "voltdrif": PostgreSQL's advisory locks are 64-bit numbers
-# of one message: a vehicle sends at least once a day of its clock, and makes at most a window a second (86,400)
-MOST_WINDOWS = 100_000
 MOST_LISTED = 100  # unknown references, and problems, in one answer
 
 _drift = tables.drift.c
@@ -50,11 +48,12 @@ class Known:
     model_name: str
     first_seen_at_s: float
     body: bytes
+    window_spec: str = "{}"  # JSON
 
     @property
     def bins(self) -> Bins:
         """The bins, read once a process."""
-        return read_bins(self.body)
+        return read_bins(self.body, self.window_spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ def _problem(bins: Bins | None, counts: DriftCounts) -> str:
     if bins is None:
         return ""
     try:
-        bins.flatten(counts.variables)
+        bins.row(counts)
     except CountsError as error:
         return str(error)
     return ""
@@ -116,11 +115,12 @@ async def register(
     await _alone(connection)
     if await connection.scalar(sa.select(_known.reference).where(_known.reference == reference)) is not None:
         return False
-    bins = read_bins(body)
+    window_spec = msgspec.json.encode(manifest.window).decode()
+    bins = read_bins(body, window_spec)
     await connection.execute(
         sa.insert(tables.drift_reference).values(
             reference=reference, model_release=manifest.release, model_name=manifest.name,
-            window_spec=msgspec.json.encode(manifest.window).decode(), body=body, first_seen_at_s=at_s,
+            window_spec=window_spec, body=body, first_seen_at_s=at_s,
         )
     )  # fmt: skip
     after = 0
@@ -168,7 +168,7 @@ async def known(connection: AsyncConnection, references: set[str] | None = None)
     if references is not None:
         query = query.where(_known.reference.in_(sorted(references)))
     return [
-        Known(r.reference, r.model_release, r.model_name, r.first_seen_at_s, bytes(r.body))
+        Known(r.reference, r.model_release, r.model_name, r.first_seen_at_s, bytes(r.body), r.window_spec)
         for r in await connection.execute(query)
     ]
 
@@ -226,8 +226,8 @@ async def vehicle_sums(
     while chunk := await _bodies(connection, after, *where):
         for ingest_id, counts in chunk:
             try:
-                row = bins.flatten(counts.variables)
-            except CountsError as error:  # stored while its reference was being registered
+                row = bins.row(counts)
+            except CountsError as error:  # stored while its reference was being registered, or by an older release
                 wrong.append((ingest_id, str(error)))
                 continue
             stratum = counts.variables[0].stratum

@@ -6,10 +6,11 @@ import pytest
 import sqlalchemy as sa
 
 from cloud.collector import ingest
+from cloud.drift.bins import MOST_WINDOWS
 from cloud.drift.limits import Limits
 from cloud.drift.watch import DriftWatch, register_bundle
 from cloud.store import connect, drift_rows, reading, tables
-from cloud.store.drift_rows import MOST_WINDOWS, Span
+from cloud.store.drift_rows import Span
 from cloud.store.fleet_store import FleetStore
 from cloud.store.items import EventItem, Item, RefusedItem, folded
 from edge_agent.contract import messages, topics
@@ -140,3 +141,26 @@ async def test_a_sum_that_overflows_is_not_a_store_that_is_away(store: FleetStor
                 else sa.text("SELECT 9223372036854775807::bigint + 1::bigint")
             )
     assert not connect.is_away(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("windows", "speed", "heat", "problem"),
+    [
+        (60, (0, 0, 60 * 10**6, 0), (48, 12, 0), f"'{SPEED}': its counts are not 60 frames a window"),
+        (60, (0, 0, 60 * 59, 0), (48, 12, 0), f"'{SPEED}': its counts are not 60 frames a window"),
+        (60, (1800, 1200, 600, 0), (0, 0, 3600), f"'{HEAT}': its counts are not one a window"),
+    ],
+)  # fmt: skip
+async def test_counting_more_of_a_variable_than_its_windows_gives_no_weight(
+    store: FleetStore, bundle: LoadedBundle, windows: int, speed: tuple[int, ...], heat: tuple[int, ...], problem: str
+) -> None:
+    reference = bundle.drift_reference_sha256
+    await register_bundle(store, bundle, NOW)
+    await store.commit(honest(reference), received_at_s=NOW)
+    before = await fleet_psi(store, bundle)
+    lie = told("EVIL", 1, NOW, reference, counts=counts(reference, windows, speed, heat))
+    lies = [lie] if isinstance(lie, EventItem) else [unchecked("t", counts(reference, windows, speed, heat), 1)]
+    await store.commit(lies, received_at_s=NOW)
+    async with store.reading() as connection:
+        assert [p["problem"] for p in await drift_rows.problems(connection, SPAN)] == [problem]
+    assert await fleet_psi(store, bundle) == before
