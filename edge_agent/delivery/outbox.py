@@ -88,7 +88,7 @@ class Outbox:
         notice_topic: str,
         build_loss: BuildLoss,
         max_bytes: int = 64 * 2**20,
-        reserve_bytes: int = 256 * 2**10,
+        reserve_bytes: int = 2**20,  # each alert takes some 25 kB of SQLite's log: room for forty
         stream_ids: Mapping[str, str] | None = None,
     ) -> None:
         self._directory = directory
@@ -115,6 +115,8 @@ class Outbox:
         except OutboxError:
             self.close()
             raise
+        if not self.counters["reserve_used"]:  # not at each connect: an alert that just opened it would find no space
+            self._refill_reserve()
 
     @property
     def stream_ids(self) -> dict[str, str]:
@@ -132,6 +134,8 @@ class Outbox:
         """
         if stream not in STREAMS:
             raise ValueError(f"no such stream: {stream!r}")
+        if stream != "alert" and not self._reserve_held():
+            raise OutboxError(f"append: the disk of {self._directory} is full, what is left is for alerts")
         try:
             return self._append(stream, key, build, topic, retained or {})
         except OutboxError:
@@ -346,7 +350,6 @@ class Outbox:
                 raise
             self._move_aside(path)
             self._open(path)
-        self._refill_reserve()
 
     def _open(self, path: Path) -> None:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
@@ -442,6 +445,11 @@ class Outbox:
             return False
         self.counters["reserve_used"] += 1
         return True
+
+    def _reserve_held(self) -> bool:
+        """Whether the reserve is there, or can be again: else the space it gave would go to counts and samples."""
+        self._refill_reserve()
+        return not self._reserve_bytes or (self._directory / RESERVE).exists()
 
     def _refill_reserve(self) -> None:
         path = self._directory / RESERVE
