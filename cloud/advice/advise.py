@@ -160,8 +160,14 @@ def advise(manual: Manual, facts: Facts, found: Found, query: Query, *, question
         cited = _for_alert(facts, found.hits)
         summary = _alert_summary(manual, facts, cited, query)
     else:
-        cited = [Citation(h.section, f"found for the question, {_by(h)}", (), h.score) for h in found.hits[:CITED]]
-        cited = cited if found.answers else []
+        named = {word.upper() for word in re.findall(r"[A-Za-z]+-\d+", question)}
+        asked = [h for h in found.hits if h.section.id.upper() in named]
+        near = [h for h in found.hits if h not in asked] if found.answers else []
+        cited = [Citation(h.section, "named in the question", (), h.score) for h in asked]
+        cited += [
+            Citation(h.section, f"found for the question, {_by(h)}", (), h.score) for h in near[: CITED - len(asked)]
+        ]
+        cited = cited[:CITED]
         summary = _question_summary(manual, cited, found)
     return Advice(
         outcome="cited" if cited else "no_source", summary=summary, query=question or query.text, method=found.method,

@@ -66,7 +66,8 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 def _start(work: Path, port: int, speed: float, processes: Processes, console: Console) -> FleetApi:
     """Start broker, cloud, and three vehicles of two processes each."""
     vehicles = work / "vehicles"
-    shutil.rmtree(vehicles, ignore_errors=True)
+    for old in (vehicles, work / "lake"):
+        shutil.rmtree(old, ignore_errors=True)
     (work / "fleet.db").unlink(missing_ok=True)
     for leftover in work.glob("fleet.db-*"):
         leftover.unlink()
@@ -82,7 +83,8 @@ def _start(work: Path, port: int, speed: float, processes: Processes, console: C
     processes.start(
         "cloud",
         (*python, "cloud", "serve", "--port", str(port), "--broker", f"127.0.0.1:{broker_port}",
-         "--database", f"sqlite:///{work / 'fleet.db'}", "--bundle", str(work / "bundle")),
+         "--database", f"sqlite:///{work / 'fleet.db'}", "--lake", str(work / "lake"), "--bundle",
+         str(work / "bundle")),
     )  # fmt: skip
     api = FleetApi(port)
     processes.wait_for("the cloud did not answer", api.is_up, START_WITHIN_S)
@@ -149,6 +151,7 @@ port = {broker_port}
 def _follow(api: FleetApi, processes: Processes, console: Console, speed: float, *, once: bool) -> None:
     """Show the vehicles and every alert until Ctrl-C, or with `once` until one alert of a model went all the way."""
     shown: set[tuple[str, int]] = set()
+    advised: set[str] = set()
     deadline = time.monotonic() + ALERT_WITHIN_S / speed + START_WITHIN_S
     next_plain = 0.0
     with Live(console=console, refresh_per_second=4, transient=True) as live:
@@ -164,7 +167,8 @@ def _follow(api: FleetApi, processes: Processes, console: Console, speed: float,
                 if (alert["alert_id"], alert["transitions"]) not in shown:
                     shown.add((alert["alert_id"], alert["transitions"]))
                     console.print(screen.alert(alert, api.address))
-                    if alert["state"] != "cleared":
+                    if alert["state"] != "cleared" and alert["alert_id"] not in advised:
+                        advised.add(alert["alert_id"])
                         console.print(screen.advice(api.advice(alert), api.address + advice_path(alert)))
             done = went_all_the_way(vehicles, alerts)
             if once and done:

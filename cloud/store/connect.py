@@ -112,6 +112,17 @@ def store_identity(engine: AsyncEngine) -> str:
     return f"sqlite:///{Path(engine.url.database or '').resolve()}"
 
 
+def file_identity(engine: AsyncEngine) -> tuple[int, int] | None:
+    """Return device and inode of SQLite's file, (0, 0) where there is none; None for a database with a server."""
+    if engine.url.get_backend_name() != "sqlite":
+        return None
+    try:
+        found = Path(engine.url.database or "").stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
 def is_away(error: BaseException) -> bool:
     """Whether this fault is the store's (locked, full, unreachable: try again) and not the statement's."""
     if isinstance(error, OSError | TimeoutError | sa.exc.TimeoutError):

@@ -31,6 +31,7 @@ class FleetStore:
         self.name = connect.store_name(engine)
         self.identity = connect.store_identity(engine)
         self.dialect = engine.dialect.name
+        self._file: tuple[int, int] | None = None  # device and inode of SQLite's file since the tables are ready
 
     @classmethod
     def over(cls, url: str) -> "FleetStore":
@@ -46,6 +47,7 @@ class FleetStore:
         try:
             with self._away():
                 await self._migrate()
+            self._file = connect.file_identity(self.engine)
         except StoreAwayError as error:
             if connect.is_misconfigured(error.__cause__):  # waiting would not help
                 what = "file" if self.dialect == "sqlite" else "one"
@@ -83,6 +85,7 @@ class FleetStore:
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
         """Open a connection that sees one state of the store; hand it to the functions of `reading`."""
+        self._check_file()
         with self._away():
             async with self.engine.connect() as connection:
                 yield connection
@@ -90,11 +93,20 @@ class FleetStore:
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that writes: committed when the block ends, rolled back when it raises."""
+        self._check_file()
         with self._away():
             async with self.engine.connect() as connection:
                 await connection.execution_options(**connect.WRITE)
                 async with connection.begin():
                     yield connection
+        self._check_file()  # removed meanwhile: what was committed is nowhere, and must not be acknowledged
+
+    def _check_file(self) -> None:
+        """Raise `StoreAwayError` where SQLite's file was removed or replaced: what its open handle takes is lost."""
+        if self._file is not None and connect.file_identity(self.engine) != self._file:
+            raise StoreAwayError(
+                f"store {self.name}: its file was removed or replaced; put it back, or restart to begin anew"
+            )
 
     @contextlib.contextmanager
     def _away(self) -> Iterator[None]:

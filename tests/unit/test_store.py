@@ -309,3 +309,21 @@ async def test_sqlite_is_set_up_so_that_a_commit_survives_a_power_cut(tmp_path: 
         assert await connection.scalar(sa.text("PRAGMA synchronous")) == 2  # FULL
         assert await connection.scalar(sa.text("PRAGMA busy_timeout")) == connect.BUSY_TIMEOUT_MS
     await store.close()
+
+
+async def test_a_sqlite_file_that_was_removed_counts_as_away_until_it_is_back(tmp_path: Path) -> None:
+    store = FleetStore.over(f"sqlite:///{tmp_path}/v.db")
+    await store.prepare()
+    try:
+        await store.check()
+        (tmp_path / "v.db").rename(tmp_path / "elsewhere.db")
+        for use in (store.check(), store.commit([], received_at_s=1.0)):
+            with pytest.raises(StoreAwayError, match="was removed or replaced"):
+                await use
+        (tmp_path / "v.db").write_bytes((tmp_path / "elsewhere.db").read_bytes())
+        with pytest.raises(StoreAwayError, match="was removed or replaced"):
+            await store.check()
+        (tmp_path / "elsewhere.db").rename(tmp_path / "v.db")
+        await store.check()
+    finally:
+        await store.close()

@@ -111,6 +111,13 @@ def test_a_question_is_answered_by_the_manual_or_not_at_all(by_both: Advisor) ->
     assert "cooking and food (not covered)" in refused.summary
 
 
+def test_a_section_that_a_question_names_comes_first(by_both: Advisor) -> None:
+    seen = Facts(failure_type="inverter_overheating", severity="low")
+    assert ids(by_both.answer(seen, "what does section hv-03 say?"))[0] == "HV-03"
+    assert ids(by_both.answer(seen, "INV-03"))[0] == "INV-03"
+    assert ids(by_both.answer(seen, "XX-99")) == [] or ids(by_both.answer(seen, "XX-99"))[0] != "XX-99"
+
+
 def test_every_feature_and_signal_has_words_and_a_stem_without_statistics() -> None:
     from export.features import FeatureGraph  # noqa: PLC0415 - imports torch
 
