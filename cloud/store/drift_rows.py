@@ -24,6 +24,7 @@ from edge_agent.contract.messages import DriftCounts
 
 CHUNK = 200  # messages of some 6 kB decoded at a time: 20 ms, and then others have their turn
 _LOCK = 0x766F6C7464726966  # "voltdrif": PostgreSQL's advisory locks are 64-bit numbers
+BEFORE = "counted before: this event came in another stream too"
 MOST_LISTED = 100  # unknown references, and problems, in one answer
 
 _drift = tables.drift.c
@@ -76,16 +77,42 @@ class Total:
 
 
 async def add(connection: AsyncConnection, rows: list[tuple[int, EventItem, float]]) -> None:
-    """Insert one row for each new drift event: (ingest_id, item, received_at_s)."""
+    """Insert one row for each new drift event: (ingest_id, item, received_at_s).
+
+    An event id of a vehicle counts once against a reference, whatever stream it came in: an outbox that was made anew,
+    or a recording replayed again, tells the same counts under another stream. To be called where the vehicles' rows
+    were written before in this transaction: two collectors with the same event then wait for each other.
+    """
     told = [(i, item, item.data, at) for i, item, at in rows if isinstance(item.data, DriftCounts)]
     if not told:
         return
     bins = {k.reference: k.bins for k in await known(connection, {counts.reference for _, _, counts, _ in told})}
-    values = [
-        _row(ingest_id, item, counts, at) | {"problem": _problem(bins.get(counts.reference), counts)}
-        for ingest_id, item, counts, at in told
-    ]
+    before = await _counted_before(connection, {(item.vehicle_id, item.envelope.id) for _, item, _, _ in told})
+    values: list[dict[str, object]] = []
+    for ingest_id, item, counts, at in sorted(told, key=lambda one: one[0]):
+        problem = _problem(bins.get(counts.reference), counts)
+        name = (item.vehicle_id, item.envelope.id, counts.reference)
+        if not problem:
+            problem = BEFORE if name in before else ""
+            before.add(name)
+        values.append(_row(ingest_id, item, counts, at) | {"problem": problem})
     await connection.execute(sa.insert(tables.drift), values)
+
+
+async def _counted_before(connection: AsyncConnection, names: set[tuple[str, str]]) -> set[tuple[str, str, str]]:
+    """Return the (vehicle, event id, reference) that count already, of these (vehicle, event id)."""
+    event = tables.event.c
+    found: set[tuple[str, str, str]] = set()
+    ordered = sorted(names)
+    for first in range(0, len(ordered), CHUNK):
+        query = (
+            sa.select(event.vehicle_id, event.event_id, _drift.reference)
+            .join(tables.drift, _drift.ingest_id == event.ingest_id)
+            .where(sa.tuple_(event.vehicle_id, event.event_id).in_(ordered[first : first + CHUNK]))
+            .where(_drift.problem == "")
+        )
+        found |= {(r.vehicle_id, r.event_id, r.reference) for r in await connection.execute(query)}
+    return found
 
 
 def _row(ingest_id: int, item: EventItem, counts: DriftCounts, received_at_s: float) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What one vehicle can do to the fleet's figures, on SQLite and PostgreSQL: no sum overflows, no lie gets a weight."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -164,3 +165,42 @@ async def test_counting_more_of_a_variable_than_its_windows_gives_no_weight(
     async with store.reading() as connection:
         assert [p["problem"] for p in await drift_rows.problems(connection, SPAN)] == [problem]
     assert await fleet_psi(store, bundle) == before
+
+
+async def test_an_event_that_comes_again_in_another_stream_counts_once(database_url: str, bundle: LoadedBundle) -> None:
+    reference = bundle.drift_reference_sha256
+    stores = [FleetStore.over(database_url) for _ in range(2)]
+    await stores[0].prepare()
+    try:
+        await register_bundle(stores[0], bundle, NOW)
+        for turn in range(10):  # of two collectors at once, then in one batch and after both
+            said = counts(reference, 60, (1800, 1200, 600, 0), (48, 12, 0))
+            same: list[Item] = [
+                unchecked("t", said, turn + 1, event_id=f"boot/{turn}", stream_id=f"file-{n}") for n in range(4)
+            ]
+            await asyncio.gather(*(s.commit([item], received_at_s=NOW) for s, item in zip(stores, same, strict=False)))
+            await stores[0].commit(same, received_at_s=NOW)
+        other = counts("cd" * 32, 60, (1800, 1200, 600, 0), (48, 12, 0))  # the same recording, with other bins
+        await stores[0].commit([unchecked("t", other, 1, event_id="boot/0", stream_id="new")], received_at_s=NOW)
+        async with stores[0].reading() as connection:
+            totals = await drift_rows.totals(connection, reference, SPAN, up_to=10**9)
+            problems = await drift_rows.problems(connection, SPAN)
+            waiting = await drift_rows.waiting(connection, SPAN)
+        assert [(t.vehicle_id, t.windows, t.messages) for t in totals] == [("EVIL", 600, 10)]
+        assert [(p["problem"], p["messages"]) for p in problems] == [(drift_rows.BEFORE, 30)]
+        assert [(w["reference"], w["messages"]) for w in waiting] == [("cd" * 32, 1)]
+    finally:
+        for store in stores:
+            await store.close()
+
+
+async def test_counts_that_did_not_fit_leave_their_event_free_to_count(store: FleetStore, bundle: LoadedBundle) -> None:
+    reference = bundle.drift_reference_sha256
+    await register_bundle(store, bundle, NOW)
+    wrong = counts(reference, 60, (60, 0, 0, 0), (48, 12, 0))
+    right = counts(reference, 60, (1800, 1200, 600, 0), (48, 12, 0))
+    for n, said in enumerate((wrong, right, right)):
+        await store.commit([unchecked("t", said, 1, event_id="e", stream_id=f"file-{n}")], received_at_s=NOW)
+    async with store.reading() as connection:
+        totals = await drift_rows.totals(connection, reference, SPAN, up_to=10**9)
+    assert [t.messages for t in totals] == [1]
