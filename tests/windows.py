@@ -25,12 +25,11 @@ def window(seed: int = 0) -> SampleWindow:
     )
 
 
-def sample_events(
-    sample_id: str, *, parts: int = 1, first_seq: int = 1, vehicle_id: str = "EV_1", stream_id: str = "s-sample",
-    packed: bytes | None = None, **header: Any,
-) -> list[bytes]:  # fmt: skip
-    """The encoded events of one sample, part after part; `header` overrides what they announce."""
-    data = pack(window(first_seq)) if packed is None else packed
+def sample_data(
+    sample_id: str, *, parts: int = 1, seed: int = 0, packed: bytes | None = None, **header: Any
+) -> list[messages.Sample]:
+    """The parts of one sample; `header` overrides what they announce."""
+    data = pack(window(seed)) if packed is None else packed
     size = -(-len(data) // parts)
     said: dict[str, Any] = {
         "sample_id": sample_id, "reason": "random", "parts": parts, "sha256": hashlib.sha256(data).hexdigest(),
@@ -38,12 +37,18 @@ def sample_events(
         "state_id": "st1", "model_release": 7, **header,
     }  # fmt: skip
     return [
-        event_bytes(
-            messages.Sample(**{"part": n + 1, "payload": data[n * size : (n + 1) * size], **said}),
-            first_seq + n, vehicle_id=vehicle_id, stream_id=stream_id,
-        )
-        for n in range(parts)
-    ]  # fmt: skip
+        messages.Sample(**{"part": n + 1, "payload": data[n * size : (n + 1) * size], **said}) for n in range(parts)
+    ]
+
+
+def sample_events(
+    sample_id: str, *, first_seq: int = 1, vehicle_id: str = "EV_1", stream_id: str = "s-sample", **more: Any
+) -> list[bytes]:
+    """The encoded events of one sample, part after part; `more` as in `sample_data`."""
+    return [
+        event_bytes(part, first_seq + n, vehicle_id=vehicle_id, stream_id=stream_id)
+        for n, part in enumerate(sample_data(sample_id, seed=first_seq, **more))
+    ]
 
 
 def event_bytes(
