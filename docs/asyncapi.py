@@ -38,6 +38,10 @@ CHANNELS: dict[str, tuple[str, bool, str, str, tuple[str, ...]]] = {
     "status": ("status", True, "vehicle", "What the agent says of itself; last will: offline.", ("Status",)),
     "ack": ("ack", False, "collector", "What is committed in the collector's store: the agent deletes exactly that.",
             ("Ack",)),
+    "model_desired": ("model/desired", True, "cloud", "Which signed release to install; empty: nothing is desired.",
+                      ("Desired",)),
+    "model_state": ("model/state", True, "vehicle", "Which release decides, said at every boot and change.",
+                    ("ModelState",)),
 }  # fmt: skip
 EVENTS = {kind.__name__: name for name, kind in messages.EVENT_TYPES.items()}
 
@@ -45,7 +49,15 @@ EVENTS = {kind.__name__: name for name, kind in messages.EVENT_TYPES.items()}
 def document() -> dict[str, Any]:
     """Return the whole description as plain values."""
     _, schemas = msgspec.json.schema_components(
-        [messages.Event, messages.Status, messages.Current, messages.Ack, *messages.EVENT_TYPES.values()],
+        [
+            messages.Event,
+            messages.Status,
+            messages.Current,
+            messages.Ack,
+            messages.Desired,
+            messages.ModelState,
+            *messages.EVENT_TYPES.values(),
+        ],
         ref_template="#/components/schemas/{name}",
     )
     schemas["Event"]["description"] = "The CloudEvents 1.0 envelope (structured JSON)."
@@ -72,7 +84,7 @@ def document() -> dict[str, Any]:
                 "MQTT 5 (3.1.1 works), QoS 1. Events are kept by the vehicle until the collector's ack lists their "
                 "number: a PUBACK is not delivery. A receiver stores (vehicle, streamid, seq) once and acknowledges "
                 "repeats again. Unknown fields of a newer minor version are kept; a newer major version is parked. A "
-                f"message has at most {messages.MAX_MESSAGE_BYTES} bytes. Reserved: model/desired, model/state."
+                f"message has at most {messages.MAX_MESSAGE_BYTES} bytes."
             ),
             "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
         },
@@ -91,7 +103,7 @@ def schema_of(topic: topics.Topic, payload: bytes) -> dict[str, Any]:
 
     Raises `KeyError` for a topic or event type that the document does not describe.
     """
-    names = CHANNELS[topic.kind][4]
+    names = CHANNELS[f"{topic.kind}_{topic.leaf}" if topic.kind == "model" else topic.kind][4]
     name = names[0]
     if name in EVENTS:
         of_type = {EVENTS[candidate]: candidate for candidate in names}

@@ -18,7 +18,7 @@ from cloud.api.models import SocketError, Telemetry, TelemetryReply
 from cloud.api.problems import Problem
 from cloud.api.service import Service
 from cloud.api.settings import Settings
-from cloud.api.v1 import advice, alerts, drift, labels, retraining, samples, vehicles
+from cloud.api.v1 import advice, alerts, drift, labels, models, retraining, samples, vehicles
 from edge_agent.contract.errors import VoltwatchError
 
 DESCRIPTION = """Predictive maintenance for electric vehicles.
@@ -76,7 +76,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(routes.router)
     app.include_router(stream.router)
     app.include_router(metrics.router)
-    for area in (advice, alerts, drift, labels, retraining, samples, vehicles):
+    for area in (advice, alerts, drift, labels, models, retraining, samples, vehicles):
         app.include_router(area.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -22,6 +22,8 @@ from cloud.api.settings import DEFAULT_LAKE, Settings
 from cloud.collector.mqtt import parse_broker
 from cloud.collector.tls import tls_context
 from cloud.lake.lake import Lake
+from cloud.rollouts import keys
+from cloud.rollouts.repository import ModelRepository
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import UnavailableError
 
@@ -60,6 +62,12 @@ def serve(
     schema: Annotated[
         Path | None, typer.Option(envvar="VOLTWATCH_SCHEMA", help="Signal schema; the electric vehicle's by default.")
     ] = None,
+    models: Annotated[
+        Path | None, typer.Option(envvar="VOLTWATCH_MODELS", help="Signed repository of releases, for the vehicles.")
+    ] = None,
+    model_keys: Annotated[
+        Path | None, typer.Option(envvar="VOLTWATCH_MODEL_KEYS", help="Its online keys, to renew its timestamp.")
+    ] = None,
 ) -> None:
     """Serve the fleet API, and collect from the MQTT broker, in one process.
 
@@ -69,6 +77,7 @@ def serve(
     settings = dataclasses.replace(
         Settings.from_environment(), bundle=bundle, schema=schema, broker=broker, lake=lake,
         broker_ca=broker_ca, broker_certificate=broker_certificate, broker_key=broker_key,
+        models=models, model_keys=model_keys,
     )  # fmt: skip
     if database:
         settings = dataclasses.replace(settings, database_url=database)
@@ -76,7 +85,7 @@ def serve(
         _check(settings)
         address = listener.getsockname()
         logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
-        for talkative in ("alembic", "asyncio", "aiosqlite", "onnxruntime"):
+        for talkative in ("alembic", "asyncio", "aiosqlite", "bm25s", "onnxruntime"):
             logging.getLogger(talkative).setLevel(logging.WARNING)
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         print(f"fleet-cloud: http://{shown}:{address[1]}/docs, collecting from {broker}", flush=True)
@@ -185,6 +194,10 @@ def _check(settings: Settings) -> None:
         if (files := settings.broker_tls()) is not None:
             tls_context(files)
     Lake(settings.lake)
+    if settings.models is not None:
+        ModelRepository(settings.models).releases()
+    if settings.model_keys is not None:
+        keys.read_all(settings.model_keys, "online")
     manuals.load(settings.manual)
     if settings.embedding is not None:
         Embedder.load(settings.embedding)

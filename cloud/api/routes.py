@@ -58,7 +58,8 @@ async def health(running: Running, response: Response) -> models.Health:
     broker = _broker(running)
     bundle = _bundle(running)
     lake = _lake(running)
-    problems = [text for text in (store.detail, broker.detail, bundle.detail, lake.detail) if text]
+    releases = running.renewal.detail if running.renewal else ""
+    problems = [text for text in (store.detail, broker.detail, bundle.detail, lake.detail, releases) if text]
     status: Literal["ok", "degraded", "down"] = "down" if not store.ok else "degraded" if problems else "ok"
     response.status_code = 503 if status == "down" else 200
     return models.Health(

@@ -22,6 +22,9 @@ from cloud.drift import watch
 from cloud.drift.limits import load_limits
 from cloud.lake.lake import Lake
 from cloud.lake.mover import Mover
+from cloud.rollouts import renewal
+from cloud.rollouts.renewal import Renewal
+from cloud.rollouts.repository import ModelRepository
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.contract.signals import Catalogue
@@ -82,15 +85,23 @@ class Service:
         self.drift = watch.DriftWatch(self.store, self.bundle, self.limits, wall=self.wall)
         self.sockets = 0
         self.counters: Counter[str] = Counter()
-        self._steps: list[tuple[str, float, Callable[[], Awaitable[None]]]] = []
+        self._steps: list[tuple[str, float, Callable[[], Awaitable[None]], bool]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.every("drift", watch.EVERY_S, self.drift.step)
         self.every("lake", LAKE_STEP_S, self.mover.step)
+        self.models: ModelRepository | None = None
+        self.renewal: Renewal | None = None
+        if settings.models is not None:
+            self.models = ModelRepository(settings.models, wall=self.wall)
+            self.renewal = Renewal(self.models, settings.model_keys)
+            self.every("models", renewal.EVERY_S, self.renewal.step, needs_store=False)
         self.every("telemetry_rest", REST_STEP_S, self.telemetry.rest)
 
-    def every(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    def every(
+        self, name: str, seconds: float, work: Callable[[], Awaitable[None]], *, needs_store: bool = True
+    ) -> None:
         """Run `work` again and again from the start to the stop, with so many seconds between two runs."""
-        self._steps.append((name, seconds, work))
+        self._steps.append((name, seconds, work, needs_store))
 
     def wall(self) -> float:
         """Return the server's clock, Unix seconds."""
@@ -104,8 +115,8 @@ class Service:
         except StoreAwayError as error:
             log.warning("api: %s; trying again", error)
         self._begin(self._run(), "service")
-        for name, seconds, work in self._steps:
-            self._begin(self._repeat(name, seconds, work), name)
+        for name, seconds, work, needs_store in self._steps:
+            self._begin(self._repeat(name, seconds, work, needs_store=needs_store), name)
 
     async def stop(self) -> None:
         """Stop collecting, save the pipelines' states, close the store."""
@@ -122,9 +133,12 @@ class Service:
     def _begin(self, work: Coroutine[None, None, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
 
-    async def _repeat(self, name: str, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    async def _repeat(
+        self, name: str, seconds: float, work: Callable[[], Awaitable[None]], *, needs_store: bool
+    ) -> None:
         while True:
-            if self.store_ready:
+            ready = self.store_ready or not needs_store
+            if ready:
                 try:
                     await work()
                     self.counters[f"{name}_runs"] += 1
@@ -134,7 +148,7 @@ class Service:
                 except Exception:
                     log.exception("%s: failed; it is tried again", name)
                     self.counters[f"{name}_failures"] += 1
-            await asyncio.sleep(seconds if self.store_ready else 1.0)
+            await asyncio.sleep(seconds if ready else 1.0)
 
     async def _run(self) -> None:
         while not self.store_ready:

@@ -21,7 +21,8 @@ class Settings:
     (HOST:PORT), VOLTWATCH_BROKER_USERNAME, VOLTWATCH_BROKER_PASSWORD, VOLTWATCH_BROKER_CA, VOLTWATCH_BROKER_CERTIFICATE
     and VOLTWATCH_BROKER_KEY (PEM files: the first turns TLS on, one file may hold the other two), VOLTWATCH_LAKE (a
     directory or fsspec URL), VOLTWATCH_CONFIG (config.json: limits of drift and retraining), VOLTWATCH_MANUAL
-    (ev_repair_manual.json), VOLTWATCH_EMBEDDING (the directory of the sentence model).
+    (ev_repair_manual.json), VOLTWATCH_EMBEDDING (the directory of the sentence model), VOLTWATCH_MODELS (the signed
+    repository of releases), VOLTWATCH_MODEL_KEYS (the directory of its online keys).
     """
 
     database_url: str = DEFAULT_URL
@@ -37,6 +38,8 @@ class Settings:
     config: Path | None = None  # None: the one that comes with the package
     manual: Path | None = None  # None: the one that comes with the package
     embedding: Path | None = None  # None: where the build step puts it; retrieval is by words alone where it is absent
+    models: Path | None = None  # None: this server serves no releases
+    model_keys: Path | None = None  # None: somebody else renews the repository's timestamp
     max_body_bytes: int = 4 * 2**20  # an hour at 1 Hz with its cells is about 3 MB
     max_frames: int = 3_600  # of one post or message: more is a recording, which `edge-agent replay` takes
     body_timeout_s: float = 30.0  # a body that drips longer is given up
@@ -67,6 +70,8 @@ class Settings:
             config=path("VOLTWATCH_CONFIG"),
             manual=path("VOLTWATCH_MANUAL"),
             embedding=path("VOLTWATCH_EMBEDDING"),
+            models=path("VOLTWATCH_MODELS"),
+            model_keys=path("VOLTWATCH_MODEL_KEYS"),
         )
 
     def broker_tls(self) -> TlsFiles | None:

@@ -179,7 +179,7 @@ class ModelRepository:
         """
         with self._writing():
             current = self.current()
-            now = self._now()
+            now = self.now()
             due = [r for r in ONLINE if force or self._expires(current, r) - now < LIFE[r] / 2]
             for role in ONLINE if due else ():
                 self._check_keys(current.root.signed, role, signers)
@@ -238,7 +238,7 @@ class ModelRepository:
     ) -> None:
         signed: Signed = metadata.signed
         signed.version = version
-        signed.expires = (self._now() + LIFE[signed.type]).replace(microsecond=0)
+        signed.expires = (self.now() + LIFE[signed.type]).replace(microsecond=0)
         signed.unrecognized_fields["signed_at"] = int(self._wall())
         wanted = list(root.roles[signed.type].keyids) + (also.keyids if also else [])
         metadata.signatures.clear()
@@ -272,7 +272,8 @@ class ModelRepository:
     def _expires(self, current: Current, role: str) -> datetime:
         return (current.timestamp if role == Timestamp.type else current.snapshot).signed.expires
 
-    def _now(self) -> datetime:
+    def now(self) -> datetime:
+        """Return the time by its clock."""
         return datetime.fromtimestamp(self._wall(), UTC)
 
     @contextlib.contextmanager
