@@ -20,6 +20,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -94,11 +95,26 @@ def day_of(unix_s: float) -> str:
 
 
 class Lake:
-    """One lake. Raises `ConfigError` for a URL whose driver is not known or not installed, and touches nothing."""
+    """One lake. Raises `ConfigError` for a URL whose driver is not known or not installed, and changes nothing.
+
+    One whose server is away (some drivers connect at once) is tried again at each use.
+    """
 
     def __init__(self, url: str) -> None:
+        self.name = url_name(url)
+        self._url = url
+        self._opened: AbstractFileSystem | None = None
+        self._root = ""
+        self._local = False
+        with contextlib.suppress(OSError):
+            self._open()
+
+    def _open(self) -> AbstractFileSystem:
+        if self._opened is not None:
+            return self._opened
+        url = self._url
         try:
-            self._fs, root = fsspec.core.url_to_fs(url)
+            opened, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise ConfigError(f"lake {url_name(url)}: {error}") from error
         except (ValueError, TypeError) as error:
@@ -108,8 +124,9 @@ class Lake:
         if not root.strip("/"):
             raise ConfigError(f"lake {url_name(url)}: name a directory in it, not its root")
         self._root = root.rstrip("/")
-        self._local = isinstance(self._fs, LocalFileSystem)
-        self.name = url_name(url)
+        self._local = isinstance(opened, LocalFileSystem)
+        self._opened = opened
+        return opened
 
     # --- writing ---
 
@@ -125,6 +142,7 @@ class Lake:
             store_schema=True,
         )  # fmt: skip
         with self._away():
+            self._open()
             if self._local:
                 self._put_local(Path(self._root, path), buffer.getvalue())
             else:
@@ -133,11 +151,12 @@ class Lake:
 
     def _put(self, path: str, data: bytes) -> None:
         folder, _, name = path.rpartition("/")
-        self._fs.makedirs(folder, exist_ok=True)
+        files = self._open()
+        files.makedirs(folder, exist_ok=True)
         unfinished = f"{folder}/.{name}.{uuid.uuid4().hex}{_UNFINISHED}"
-        self._fs.pipe_file(unfinished, data)
-        self._fs.mv(unfinished, path)
-        if self._fs.size(path) != len(data):
+        files.pipe_file(unfinished, data)
+        files.mv(unfinished, path)
+        if files.size(path) != len(data):
             raise OSError(f"{path} does not have the {len(data)} bytes that were written")
 
     def _put_local(self, path: Path, data: bytes) -> None:
@@ -167,16 +186,15 @@ class Lake:
 
     def files(self) -> list[LakeFile]:
         """Return the files, the oldest day first. Raises `LakeAwayError`."""
-        root = f"{self._root}/{FOLDER}"
         with self._away():
-            self._fs.invalidate_cache()  # a driver may remember an older listing
-            try:
-                found = self._fs.find(root, detail=True)
-            except FileNotFoundError:
-                return []
+            opened = self._open()
+            opened.invalidate_cache()  # a driver may remember an older listing
+            walk = opened.walk(f"{self._root}/{FOLDER}", detail=True, on_error=_unless_missing)
+            found = [about for _, _, there in walk for about in there.values()]
         files = []
-        for path, about in found.items():
-            _, ours, below = str(path).rpartition(f"/{FOLDER}/{_PREFIX}")
+        for about in found:
+            path = str(about["name"])
+            _, ours, below = path.rpartition(f"/{FOLDER}/{_PREFIX}")
             day, _, name = below.partition("/")
             if ours and name.endswith(_SUFFIX) and not name.startswith("."):
                 files.append(LakeFile(f"{FOLDER}/{_PREFIX}{below}", day, int(about["size"])))
@@ -208,9 +226,8 @@ class Lake:
 
     def read_file(self, path: str) -> Iterator[LakeSample]:
         """Give the rows of one file. Raises `FileNotFoundError` when it is gone, else `LakeAwayError`."""
-        where = f"{self._root}/{path}"
         try:
-            with self._fs.open(where, "rb") as file:
+            with self._open().open(f"{self._root}/{path}", "rb") as file:
                 table = pq.ParquetFile(file, page_checksum_verification=True)
                 there = table.schema_arrow
                 if any(there.get_field_index(f.name) < 0 or there.field(f.name).type != f.type for f in SCHEMA):
@@ -243,6 +260,12 @@ def url_name(url: str) -> str:
     if not separator or not at:
         return url
     return f"{scheme}://{user.partition(':')[0]}:***@{host}{rest[len(user) + 1 + len(host) :]}"
+
+
+def _unless_missing(error: Exception) -> None:
+    """Let a listing go on where there is nothing (yet, or any more); a fault is not the same as an empty lake."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sync(folder: Path) -> None:
