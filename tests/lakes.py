@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -152,6 +153,7 @@ class TestAlert:
     action: ActionName | None = None
     label_type: str | None = None
     label_severity: str | None = None
+    origin: Literal["model", "guard"] = "model"
 
 
 def alert_at(driven: Driven, row: int, failure_type: str, action: ActionName | None, **label: str) -> TestAlert:
@@ -159,6 +161,7 @@ def alert_at(driven: Driven, row: int, failure_type: str, action: ActionName | N
     return TestAlert(
         driven.vehicle_id, f"{driven.vehicle_id}-{row}", failure_type, end_s, end_s + 1800.0, action,
         label.get("label_type"), label.get("label_severity"),
+        label.get("origin", "model"),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def _told(alert: TestAlert, seq: int, transition: messages.Transition, at_s: flo
     severity: Severity = SEVERITIES[2]  # type: ignore[assignment]
     body = messages.Alert(
         alert_id=alert.alert_id, transition=transition, failure_type=alert.failure_type, severity=severity,
-        origin="model", since=iso(alert.since_s),
+        origin=alert.origin, since=iso(alert.since_s),
     )  # fmt: skip
     envelope = messages.event(
         body, event_id=f"s/{seq}", vehicle_id=alert.vehicle_id, time=iso(at_s), stream_id="s", seq=seq, boot_id="b",

@@ -22,6 +22,8 @@ class JudgedAlert:
     vehicle_id: str
     alert_id: str
     failure_type: str
+    origin: str  # guard or model
+    model_release: int | None
     since: str
     ended: str | None
     clock_trusted: bool
@@ -52,8 +54,9 @@ async def judged_alerts(connection: AsyncConnection) -> dict[str, list[JudgedAle
     )
     query = (
         sa.select(
-            alert.vehicle_id, alert.alert_id, alert.failure_type, alert.since, alert.cleared_time, alert.clock_trusted,
-            work.verdict, work.failure_type.label("label_type"), work.severity.label("label_severity"),
+            alert.vehicle_id, alert.alert_id, alert.failure_type, alert.origin, alert.model_release, alert.since,
+            alert.cleared_time, alert.clock_trusted, work.verdict, work.failure_type.label("label_type"),
+            work.severity.label("label_severity"),
         )
         .select_from(together)
         .order_by(alert.ingest_id)
@@ -65,6 +68,8 @@ async def judged_alerts(connection: AsyncConnection) -> dict[str, list[JudgedAle
                 vehicle_id=row.vehicle_id,
                 alert_id=row.alert_id,
                 failure_type=row.failure_type,
+                origin=row.origin,
+                model_release=row.model_release,
                 since=row.since,
                 ended=row.cleared_time,
                 clock_trusted=row.clock_trusted,

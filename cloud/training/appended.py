@@ -3,7 +3,7 @@
 Vehicles that learn go to train (or to validation, where the base has them there), those that are held out to test:
 the test split is then the frozen set that champion and challenger are both held against. It is a dataset like any
 other, so `evaluate` and `model-export` take it. What describes the base fleet as recorded (signal sample, golden
-windows, the signals' normalisation) stays as it was; sampled windows are a variant of their own, no rate is taken on.
+windows, the signals' normalisation) stays as it was; sampled windows are variants of their own, no rate is taken on.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from cloud.training.dataset import (
 )
 from cloud.training.labels import LEVEL_COLUMNS, severity_name, type_name
 from cloud.training.prepare import feature_statistics
-from cloud.training.sampled import SAMPLED, SampledWindow
+from cloud.training.sampled import SAMPLED, SELECTED, SampledWindow
 from cloud.training.split import FILES, SPLITS, TRAIN
 from edge_agent.contract.errors import ConfigError, SourceError
 from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES
@@ -121,7 +121,7 @@ def joined_sha256(base_sha256: str, windows: list[SampledWindow]) -> str:
     """Name the joined data: the base's, and every sample with its bytes and its label."""
     digest = hashlib.sha256(base_sha256.encode())
     for w in windows:
-        label = (w.label.meaning, w.label.type_index, w.label.severity_index)
+        label = (w.label.meaning, w.label.type_index, w.label.severity_index, w.by_champion)
         digest.update(json.dumps([w.vehicle_id, w.sample_id, w.sha256, *label]).encode())
     return digest.hexdigest()
 
@@ -171,7 +171,7 @@ def _table(rows: list[SampledWindow], schema: pa.Schema, split: str, makes: Mapp
         "elapsed_s": [w.elapsed_s for w in rows],
         "stratum": [w.stratum for w in rows],
         "coverage": [w.coverage for w in rows],
-        "variant": [SAMPLED] * len(rows),
+        "variant": [SELECTED if w.by_champion else SAMPLED for w in rows],
         "label_failure": [int(label.meaning == "confirmed") for label in labels],
         "label_type": [type_name(label.type_index) if label.meaning == "confirmed" else "" for label in labels],
         "label_severity": [severity_name(label.severity_index) for label in labels],

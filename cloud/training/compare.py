@@ -4,8 +4,11 @@ Both go through the int8 heads graph at batch 1 with their own thresholds. Every
 for both, so that what is hard for one vehicle is hard for both and falls out of the difference. A vehicle weighs the
 same however many windows it sent: near-duplicates around one alert are one witness.
 
-Parts: "base" is the base dataset's test vehicles as recorded; "lake" the held-out vehicles' sampled windows that a
-person's verdict reaches; "all" both. On sampled windows, chosen around alerts, k-of-n and rates a month mean nothing:
+Parts: "base" is the base dataset's test vehicles as recorded; "lake" the held-out vehicles' sampled windows that are
+labelled and that chance, a guard or another release chose; "all" both. "alerts" are the windows that the champion's own
+alerts chose: there it finds every failure and every false alarm is its own, by construction, so that of two models of
+equal quality the champion has the worse false alarms and the better recall. That part is to look at; it decides
+nothing, and is in no other part. On sampled windows, chosen around alerts, k-of-n and rates a month mean nothing:
 there an *occasion* (windows of a vehicle within half an hour of each other) is raised when as many of its windows are
 over as the decision asks for, or all where it has fewer.
 
@@ -25,7 +28,7 @@ from cloud.training.events import alerts, false_alarms, healthy_months, hold_aga
 from cloud.training.failure import FAILURE, targets
 from cloud.training.labels import Episode
 from cloud.training.metrics import NAN, Interval, Ranked, vehicle_weights
-from cloud.training.sampled import SAMPLED
+from cloud.training.sampled import SAMPLED, SELECTED
 from cloud.training.scoring import HeadScores
 from cloud.training.vehicle import NATURAL
 from edge_agent.contract.bundle import Thresholds, TypeThreshold
@@ -34,7 +37,8 @@ from edge_agent.contract.topics import ANOMALY
 from edge_agent.pipeline.decision import ANOMALY_CLEAR_SHARE, grade
 
 OCCASION_S = 1800.0
-Part = Literal["all", "base", "lake"]
+Part = Literal["all", "base", "lake", "alerts"]
+PARTS: tuple[Part, ...] = ("all", "base", "lake", "alerts")
 BoolArray = npt.NDArray[np.bool_]
 # a figure of both models at once, for vehicles that count so often [V] → (champion, challenger)
 Paired = Callable[[FloatArray], tuple[float, float]]
@@ -91,7 +95,10 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What both are held against; `number` [W] is each window's vehicle, 0 … V - 1."""
+    """What both are held against; `number` [W] is each window's vehicle, 0 … V - 1.
+
+    `episodes` are those of the recordings, by vehicle: sampled windows carry their own label.
+    """
 
     windows: Windows
     episodes: dict[str, list[Episode]]
@@ -107,8 +114,8 @@ class Frozen:
     def mask(self, part: Part) -> BoolArray:
         """[W]: the windows of a part, each day once."""
         variant = self.windows.variant
-        base, lake = variant == NATURAL, variant == SAMPLED
-        chosen: BoolArray = base if part == "base" else lake if part == "lake" else base | lake
+        variants = {"all": (NATURAL, SAMPLED), "base": (NATURAL,), "lake": (SAMPLED,), "alerts": (SELECTED,)}
+        chosen: BoolArray = np.isin(variant, variants[part])
         return chosen
 
 
@@ -117,12 +124,11 @@ def compare(frozen: Frozen, champion: Contestant, challenger: Contestant, *, sam
     draws = vehicle_weights(frozen.number, samples, seed)
     both = (champion, challenger)
     figures = [
-        figure
-        for part in ("all", "base", "lake")
-        for figure in (_types(frozen, both, part, draws), _recall(frozen, both, part, draws))
+        figure for part in PARTS for figure in (_types(frozen, both, part, draws), _recall(frozen, both, part, draws))
     ]
     figures += [_head(frozen, both, name, draws) for name in (FAILURE, *FAILURE_TYPES, ANOMALY)]
-    figures += [_false_alarms(frozen, both, draws), _occasions(frozen, both, draws), _severity(frozen, both, draws)]
+    figures += [_false_alarms(frozen, both, draws), *(_occasions(frozen, both, part, draws) for part in PARTS[2:])]
+    figures.append(_severity(frozen, both, draws))
     return [f for f in figures if f is not None]
 
 
@@ -223,10 +229,10 @@ def _recall(
     total = np.zeros(len(place))
     for k, contestant in enumerate(both):
         seen = total if k == 0 else np.zeros(len(place))
-        if part != "lake":
+        if part in {"all", "base"}:
             _found_recorded(frozen, contestant, place, found[k], seen)
         if part != "base":
-            _found_sampled(frozen, contestant, place, found[k], seen)
+            _found_sampled(frozen, contestant, "lake" if part == "all" else part, place, found[k], seen)
     if not total.any():
         return None
 
@@ -257,11 +263,11 @@ def _found_recorded(
 
 
 def _found_sampled(
-    frozen: Frozen, contestant: Contestant, place: dict[str, int], found: FloatArray, total: FloatArray
+    frozen: Frozen, contestant: Contestant, part: Part, place: dict[str, int], found: FloatArray, total: FloatArray
 ) -> None:
     windows = frozen.windows
     heads = {name: (value, limit) for name, value, limit in contestant.raised_by(len(windows))}
-    for rows in occasions(windows, frozen.mask("lake") & (windows.type_index >= 0)):
+    for rows in occasions(windows, frozen.mask(part) & (windows.type_index >= 0)):
         kind = FAILURE_TYPES[int(windows.type_index[rows[0]])]
         name = ANOMALY if ANOMALY in heads else kind
         vehicle = place[str(windows.vehicle[rows[0]])]
@@ -307,20 +313,22 @@ def _false_alarms(frozen: Frozen, both: tuple[Contestant, Contestant], draws: np
     return _rate("false_alarms", "base", "per vehicle-month", wrong, months, draws)
 
 
-def _occasions(frozen: Frozen, both: tuple[Contestant, Contestant], draws: npt.NDArray[np.int64]) -> Figure | None:
+def _occasions(
+    frozen: Frozen, both: tuple[Contestant, Contestant], part: Part, draws: npt.NDArray[np.int64]
+) -> Figure | None:
     """Share of the occasions on which a person saw nothing wrong, and the model would raise an alert."""
     windows = frozen.windows
     place = {vehicle: i for i, vehicle in enumerate(frozen.vehicles)}
     total = np.zeros(len(place))
     wrong = np.zeros((len(both), len(place)))
     heads = [c.raised_by(len(windows)) for c in both]
-    for rows in occasions(windows, frozen.mask("lake") & windows.healthy):
+    for rows in occasions(windows, frozen.mask(part) & windows.healthy):
         vehicle = place[str(windows.vehicle[rows[0]])]
         total[vehicle] += 1
         for k, of_contestant in enumerate(heads):
             enough = both[k].thresholds.decision.k
             wrong[k, vehicle] += any(is_raised((value, limit), rows, enough) for _, value, limit in of_contestant)
-    return _rate("false_alarms", "lake", "per healthy occasion", wrong, total, draws)
+    return _rate("false_alarms", part, "per healthy occasion", wrong, total, draws)
 
 
 def _rate(

@@ -26,7 +26,7 @@ from cloud.training.dataset import DatasetInfo, Windows, read_info, read_split, 
 from cloud.training.lake_reading import LakeReading
 from cloud.training.lake_split import side_of
 from cloud.training.sample_labels import Known, known_alert
-from cloud.training.sampled import SAMPLED, Read, SampledWindow, read_samples
+from cloud.training.sampled import SAMPLED, SELECTED, Read, SampledWindow, read_samples
 from cloud.training.scoring import Heads
 from cloud.training.split import TEST
 from cloud.training.train import Step, train_models
@@ -72,8 +72,15 @@ class Result:
     report: dict[str, Any]
 
 
-def retrain(places: Places, *, config: TrainingConfig, catalogue: Catalogue, on_step: Step) -> Result:
-    """Run it all.
+def retrain(
+    places: Places,
+    *,
+    config: TrainingConfig,
+    catalogue: Catalogue,
+    on_step: Step,
+    champion_release: int | None = None,
+) -> Result:
+    """Run it all. `champion_release` None: not known, so that any model's alert may be the champion's own.
 
     Raises `ConfigError` for folders that would be written over or that cannot be compared, `SourceError` for a lake or
     dataset that is missing, damaged, or gives nothing to learn from, `BundleError` for a champion that cannot be
@@ -100,6 +107,7 @@ def retrain(places: Places, *, config: TrainingConfig, catalogue: Catalogue, on_
         catalogue=catalogue,
         window=info.window,
         horizon_s=config.labels.horizon_s,
+        champion_release=champion_release,
         on_sample=lambda n: on_step(f"features of sample {n}", 0.06) if n % 50 == 1 else None,
     )
     sides = {
@@ -119,7 +127,7 @@ def retrain(places: Places, *, config: TrainingConfig, catalogue: Catalogue, on_
         on_step=lambda what, share: on_step(what, 0.2 + 0.5 * share),
     )
 
-    frozen = Frozen.of(read_split(places.dataset, TEST, joined), read_split_episodes(places.dataset, TEST))
+    frozen = Frozen.of(read_split(places.dataset, TEST, joined), read_split_episodes(places.data, TEST))
     contestants = []
     for number, (who, models, limits) in enumerate(
         (("champion", places.champion, thresholds), ("challenger", places.models, None))
@@ -139,7 +147,10 @@ def retrain(places: Places, *, config: TrainingConfig, catalogue: Catalogue, on_
         "verdict": verdict.winner,
         "reasons": list(verdict.reasons),
         "rule": msgspec.to_builtins(config.challenger),
-        "champion": {"models": str(places.champion), "created": record.created, "data_sha256": record.data_sha256},
+        "champion": {
+            "models": str(places.champion), "release": champion_release, "created": record.created,
+            "data_sha256": record.data_sha256,
+        },
         "challenger": {
             "models": str(places.models), "dataset": str(places.dataset), "data_sha256": joined.data_sha256,
         },
@@ -210,6 +221,7 @@ def _samples(read: Read, learned: list[SampledWindow], damaged: list[str], label
 def _frozen(windows: Windows) -> dict[str, Any]:
     natural, sampled = windows.variant == NATURAL, windows.variant == SAMPLED
     failing: Counter[str] = Counter()
+    selected = windows.variant == SELECTED
     for mask, name in ((natural, "base"), (sampled, "lake")):
         failing[name] = len(np.unique(windows.vehicle[mask & (windows.type_index >= 0)]))
     return {
@@ -220,6 +232,7 @@ def _frozen(windows: Windows) -> dict[str, Any]:
         "lake_vehicles": len(np.unique(windows.vehicle[sampled])),
         "lake_failing_vehicles": failing["lake"],
         "lake_windows": int(sampled.sum()),
+        "champions_own_windows": int(selected.sum()),
     }
 
 
@@ -237,9 +250,9 @@ def _number(value: float) -> float | None:
 def _notes(windows: Windows, info: DatasetInfo) -> list[str]:
     about = _frozen(windows)
     bias = (
-        "Samples are taken around alerts that the serving models or guards raised. What these missed hardly comes into "
-        "the lake, so on its failures the champion looks better than it is, and on its false alarms worse; the base "
-        "test vehicles have neither bias."
+        "Windows that the champion's own alerts chose teach, and are shown, but decide nothing: there it finds every "
+        "failure and every false alarm is its own. What decides is recorded, or was chosen by chance, by a guard or "
+        "by another release."
     )
     notes = [
         bias,
@@ -247,7 +260,10 @@ def _notes(windows: Windows, info: DatasetInfo) -> list[str]:
         "Sampled windows have no say in the thresholds' false-alarm budget, which is a rate a month.",
     ]
     if about["lake_vehicles"] == 0:
-        notes.append("No vehicle of the lake is held out: both were compared on the base test vehicles alone.")
+        notes.append(
+            "No sampled window of a held-out vehicle was chosen by anything but the champion: both were compared on "
+            "the base test vehicles alone."
+        )
     if about["base_failing_vehicles"] + about["lake_failing_vehicles"] < 20:
         notes.append(
             f"Only {about['base_failing_vehicles']} base and {about['lake_failing_vehicles']} held-out vehicles fail "

@@ -44,7 +44,8 @@ def retrain(
         "retraining"
     ),
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="The champion's bundle: says which release it is, and how old.")
+        Path | None,
+        typer.Option("--bundle", help="The champion's bundle: says which alerts are its own, and how old it is."),
     ] = None,
     if_due: Annotated[bool, typer.Option("--if-due", help="Only where a trigger of the server's is due.")] = False,
     schema: SchemaOption = None,
@@ -61,6 +62,7 @@ def retrain(
     from cloud.training.retraining_report import next_steps, sources, table, write_report
 
     started_at_s = time.time()
+    champion_release = None if release is None else release.manifest.release
     places = Places(data, models, lake, database, output)
     with progress_bar() as progress:
         bar = progress.add_task("retraining", total=100)
@@ -68,10 +70,9 @@ def retrain(
             places,
             config=settings,
             catalogue=catalogue,
+            champion_release=champion_release,
             on_step=lambda what, share: progress.update(bar, description=what, completed=round(100 * share)),
         )
-    champion_release = None if release is None else release.manifest.release
-    result.report["champion"]["release"] = champion_release
     page = write_report(result.report, result.figures, output)
     console = Console()
     console.print(table(result.figures))

@@ -33,6 +33,12 @@ class Known:
     label_type: str
     severity_index: int
     problem: str = ""  # why its verdict cannot be used
+    by_model: bool = True  # a model raised it, not a guard
+    model_release: int | None = None  # which was loaded then
+
+    def may_be_of(self, release: int | None) -> bool:
+        """Whether the models of this release raised it, or may have: either release may be unknown."""
+        return self.by_model and (release is None or self.model_release is None or self.model_release == release)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +75,9 @@ def known_alert(alert: JudgedAlert) -> Known:
         since_s = _seconds(alert.since, -INFINITY)
         until_s = INFINITY if alert.ended is None else _seconds(alert.ended, INFINITY)
     return Known(
-        alert.alert_id, since_s, until_s, alert.verdict, kind if alert.verdict == CONFIRMED else "", severity, problem
-    )
+        alert.alert_id, since_s, until_s, alert.verdict, kind if alert.verdict == CONFIRMED else "", severity, problem,
+        alert.origin != "guard", alert.model_release,
+    )  # fmt: skip
 
 
 def _seconds(text: str, otherwise: float) -> float:

@@ -8,7 +8,7 @@ one that nobody's verdict reaches is counted by the reason. Nothing here writes.
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from edge_agent.contract.signals import Catalogue
 from edge_agent.pipeline.outcomes import Float32Array, Window
 from export.features import FeatureRunner, State
 
-SAMPLED = "sampled"  # the variant of these windows: chosen around alerts, so no rate a month is counted on them
+# the variants of these windows: no rate a month is counted on either
+SAMPLED = "sampled"  # chosen by nothing that the champion said: at random, or by an alert that is not its own
+SELECTED = "selected"  # chosen by an alert that the champion raised: the one on trial does not pick the evidence
 MOST_LINES = 20  # of samples left out; the rest is a number
 _ORDER = ("confirmed", "early", "false_alarm", "healthy")  # of two samples of one window the first says more
 
@@ -38,6 +40,7 @@ class SampledWindow:
     coverage: float
     stratum: str
     label: SampleLabel
+    by_champion: bool  # an alert of the champion's models chose it, or may have
     features: Float32Array
     pooled: Float32Array
 
@@ -65,9 +68,13 @@ def read_samples(
     catalogue: Catalogue,
     window: WindowSpec,
     horizon_s: float,
+    champion_release: int | None,
     on_sample: Callable[[int], None],
 ) -> Read:
-    """Label every sample and compute the features of those that a label reaches; `on_sample(done)` after each."""
+    """Label every sample and compute the features of those that a label reaches; `on_sample(done)` after each.
+
+    `champion_release` None: not known, so every alert of a model may be the champion's.
+    """
     found: dict[tuple[str, float], SampledWindow] = {}
     used: Counter[str] = Counter()
     unused: Counter[str] = Counter()
@@ -75,9 +82,8 @@ def read_samples(
     fresh = done = 0
     for done, sample in enumerate(samples, start=1):
         on_sample(done)
-        label = label_sample(
-            sample.reason, sample.alert_id, sample.end_s, alerts.get(sample.vehicle_id, []), horizon_s=horizon_s
-        )
+        known = alerts.get(sample.vehicle_id, [])
+        label = label_sample(sample.reason, sample.alert_id, sample.end_s, known, horizon_s=horizon_s)
         if not label.used:
             unused[label.why] += 1
             continue
@@ -89,19 +95,37 @@ def read_samples(
             continue
         key = (sample.vehicle_id, sample.end_s)
         before = found.get(key)
-        if before is not None and _ORDER.index(before.label.meaning) <= _ORDER.index(label.meaning):
-            unused["another sample has the same window"] += 1
-            continue
+        by_champion = chosen_by_champion(sample, label, known, champion_release, window.length_s)
         if before is not None:
             unused["another sample has the same window"] += 1
+            by_champion = by_champion and before.by_champion
+            if _ORDER.index(before.label.meaning) <= _ORDER.index(label.meaning):
+                found[key] = replace(before, by_champion=by_champion)
+                continue
             used[before.label.meaning] -= 1
         state = carried_state(raw, sample.state_id, runner)
         fresh += state is None
-        found[key] = _featured(sample, raw, label, state, runner, window.length_s)
+        found[key] = _featured(sample, raw, label, by_champion, state, runner, window.length_s)
         used[label.meaning] += 1
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"{len(lines) - MOST_LINES} more samples left out for reasons of the same kinds"]
     return Read([found[key] for key in sorted(found)], done, +used, unused, lines, fresh)
+
+
+def chosen_by_champion(
+    sample: LakeSample, label: SampleLabel, alerts: list[Known], champion_release: int | None, length_s: float
+) -> bool:
+    """Whether the window is here because the champion alerted, and would not be otherwise.
+
+    A vehicle names one alert a sample. Where one of a guard, or of another release, began in this very window, that
+    one would have chosen it as well.
+    """
+    if sample.reason != "alert":
+        return False
+    if label.alert is not None and not label.alert.may_be_of(champion_release):
+        return False
+    others = (a for a in alerts if not a.may_be_of(champion_release))
+    return not any(sample.end_s - length_s < a.since_s <= sample.end_s for a in others)
 
 
 def _fitting(raw: SampleWindow, catalogue: Catalogue, window: WindowSpec) -> SampleWindow:
@@ -133,6 +157,7 @@ def _featured(
     sample: LakeSample,
     raw: SampleWindow,
     label: SampleLabel,
+    by_champion: bool,
     state: State | None,
     runner: FeatureRunner,
     length_s: float,
@@ -144,5 +169,5 @@ def _featured(
     features, pooled, _ = runner.run(window, start)
     return SampledWindow(
         sample.vehicle_id, sample.sample_id, sample.sha256, sample.end_s, sample.elapsed_s, sample.coverage,
-        sample.stratum, label, features, pooled,
+        sample.stratum, label, by_champion, features, pooled,
     )  # fmt: skip

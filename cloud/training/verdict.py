@@ -1,5 +1,9 @@
 """Who serves from here on: champion or challenger. One pure function from figures to a winner and its reasons.
 
+Only windows that the champion did not choose have a say: recordings, the random share, and what guards or another
+release alerted on. On its own alerts (part "alerts") any other model raises fewer false alarms and finds fewer
+failures, however good it is.
+
 The challenger wins when all three hold, and the champion stays otherwise, also on a tie:
 
 1. **It is better somewhere that matters, beyond chance.** One of `GAINS` is better, carried by at least
@@ -7,10 +11,10 @@ The challenger wins when all three hold, and the champion stays otherwise, also 
    the number of figures in `GAINS`, as any one of them would do (Bonferroni).
 2. **It is nowhere worse beyond a stated margin.** Each figure of `GUARDS` may be worse by its margin at most, which
    is about what another seed of the same training moves it by; and no head that the champion has is missing.
-3. **It raises no more false alarms**, neither on the recordings as they are nor on the occasions on which nothing was
-   wrong; people stop reading what cries wolf. One odd vehicle (`false_alarm_slack`) decides nothing, however often it
-   cries: that much another seed of the same training gives, and a champion that never alerts on a type would forbid
-   every other to.
+3. **It raises no more false alarms**, neither on the recordings as they are nor on the sampled occasions on which
+   nothing was wrong; people stop reading what cries wolf. One odd vehicle (`false_alarm_slack`) decides nothing,
+   however often it cries: that much another seed of the same training gives, and a champion that never alerts on a
+   type would forbid every other to.
 """
 
 import math
@@ -44,6 +48,7 @@ class Verdict:
 
 def decide(figures: Sequence[Figure], rule: Challenger) -> Verdict:
     """Apply the rule to the figures of one comparison."""
+    figures = [f for f in figures if f.part != "alerts"]
     gains = [f for f in figures if (f.name, f.part) in GAINS]
     sure = [f for f in gains if _is_gain(f, rule)]
     against = [reason for f in figures if (reason := _objection(f, rule))]
@@ -112,7 +117,12 @@ _WORDS = {
     "false_alarms": "false alarms",
     "severity_steps_off": "severity levels off",
 }
-_PARTS = {"all": "", "base": ", base test vehicles", "lake": ", held-out vehicles of the lake"}
+_PARTS = {
+    "all": "",
+    "base": ", base test vehicles",
+    "lake": ", sampled windows of held-out vehicles",
+    "alerts": ", at the champion's own alerts (decides nothing)",
+}
 
 
 def describe(f: Figure) -> str:

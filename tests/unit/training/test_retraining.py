@@ -29,7 +29,7 @@ from cloud.training.lake_split import side_of
 from cloud.training.prepare import prepare_dataset
 from cloud.training.retrain import Places, Result, retrain
 from cloud.training.retraining_report import render, write_report
-from cloud.training.sampled import SAMPLED, read_samples
+from cloud.training.sampled import SAMPLED, SELECTED, read_samples
 from cloud.training.split import TEST, TRAIN
 from cloud.training.train import train_models
 from edge_agent.contract.errors import BundleError, ConfigError, SourceError
@@ -68,13 +68,13 @@ class Field:
         return self.folder / "models"
 
     def alerts(self) -> list[TestAlert]:
-        """One alert a failing vehicle that charges: of a wrong type, as the champion has no better one, and judged."""
+        """One alert a failing vehicle that charges, confirmed: a guard's (isolation, inlet), which needs no model."""
         found = []
         for driven in self.driven.values():
             rows = charging(driven)
             if driven.vehicle.episode is not None and len(rows):
                 row = int(rows[min(3, len(rows) - 1)])
-                found.append(lakes.alert_at(driven, row, "battery_degradation", "confirm", label_type=NEW))
+                found.append(lakes.alert_at(driven, row, NEW, "confirm", origin="guard"))
         return found
 
     def samples(self, alerts: list[TestAlert]) -> list[lakes.LakeSample]:
@@ -170,6 +170,19 @@ def test_a_failure_that_the_champion_never_saw_is_learned_from_peoples_verdicts(
 
 
 @pytest.mark.slow
+def test_what_only_the_champions_own_alerts_show_is_learned_and_decides_nothing(field: Field, tmp_path: Path) -> None:
+    """The same vehicles and verdicts, but the champion's alerts of a wrong type brought the windows."""
+    own = [replace(a, origin="model", failure_type="battery_degradation", label_type=NEW) for a in field.alerts()]
+    result = run(filled(field, tmp_path, own))
+    assert figure(result, "event_recall", "alerts").difference.low > 0
+    assert not any((f.name, f.part) == (f"pr_auc.{NEW}", "all") for f in result.figures)
+    assert result.report["frozen"]["champions_own_windows"] > 0
+    info = read_info(tmp_path / "retraining" / "dataset")
+    assert SELECTED in read_split(tmp_path / "retraining" / "dataset", TRAIN, info).variant
+    assert result.verdict.winner == "champion", result.verdict.reasons
+
+
+@pytest.mark.slow
 def test_champion_and_base_dataset_are_only_read(field: Field, learned: tuple[Places, Result, dict[str, str]]) -> None:
     assert contents(field.champion) | contents(field.data) == learned[2]
 
@@ -185,7 +198,7 @@ def test_no_held_out_vehicle_and_no_test_vehicle_is_learned_from(
     assert {"CH_", "EV_"} <= {v[:3] for v in frozen.vehicle.tolist()}
     assert frozen_sha256(frozen) == result.frozen_sha256 == result.report["frozen"]["sha256"]
     base = read_split(places.data, TEST, read_info(places.data))
-    assert np.array_equal(frozen.features[frozen.variant != SAMPLED], base.features, equal_nan=True)
+    assert np.array_equal(frozen.features[~np.isin(frozen.variant, [SAMPLED, SELECTED])], base.features, equal_nan=True)
     episodes = read_split_episodes(places.dataset, TEST)
     assert any(e.failure_type == NEW for v, of in episodes.items() if v.startswith("CH_") for e in of)
 
@@ -293,7 +306,7 @@ def read_lake(places: Places, samples, alerts: list[TestAlert]):
     known, _ = asyncio.run(_from_store(places.database))
     return read_samples(
         samples, known, runner=RUNNER, catalogue=CATALOGUE, window=CONFIG.window, horizon_s=CONFIG.labels.horizon_s,
-        on_sample=lambda done: None,
+        champion_release=1, on_sample=lambda done: None,
     )  # fmt: skip
 
 
