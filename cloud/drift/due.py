@@ -10,7 +10,7 @@ from cloud.drift.retraining import Champion, Evidence, Performance, Trained, Tri
 from cloud.store import retraining_rows, training_rows
 from cloud.store.training_rows import TrainingRun
 from cloud.store.wire_time import unix_s
-from edge_agent.contract.bundle import Manifest, Thresholds
+from edge_agent.contract.bundle import DRIFT_REFERENCE, Manifest, Thresholds
 from edge_agent.contract.errors import MessageError
 
 
@@ -37,14 +37,16 @@ def champion_of(manifest: Manifest, thresholds: Thresholds) -> Champion:
         created: float | None = unix_s(manifest.created)
     except MessageError:  # free text in the manifest's contract
         created = None
-    return Champion(manifest.release, created, stated_precision(thresholds))
+    return Champion(
+        manifest.release, created, stated_precision(thresholds), manifest.files[DRIFT_REFERENCE].sha256
+    )  # fmt: skip
 
 
 async def evaluate(connection: AsyncConnection, champion: Champion | None, limits: Retraining, now_s: float) -> Due:
     """Gather the evidence and evaluate the triggers."""
     run = await training_rows.last_training_run(connection)
-    trained = retraining.last_training(champion, run.finished_at_s if run else None)
-    evidence = await retraining_rows.evidence(connection, champion, trained.at_s)
+    trained = retraining.last_training(champion, run.started_at_s if run else None)
+    evidence = await retraining_rows.evidence(connection, champion, trained.since_s)
     return Due(
         champion, trained, run, evidence, retraining.performance(champion, evidence.judged),
         retraining.triggers(champion, trained, evidence, limits, now_s),

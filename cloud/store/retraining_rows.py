@@ -18,7 +18,7 @@ async def evidence(connection: AsyncConnection, champion: Champion | None, since
     """Count what came since `since_s` (None: ever), and the judged alerts of the champion's release."""
     since = since_s or 0.0
     drifted = await connection.execute(
-        sa.select(_alert.variable).where(_FLEET_WIDE, _alert.raised_at_s >= since).distinct().order_by(_alert.variable)
+        sa.select(_alert.variable).where(*_drifted(champion, since)).distinct().order_by(_alert.variable)
     )
     samples = await connection.scalar(
         sa.select(sa.func.count()).where(tables.sample.c.state == "lake", tables.sample.c.stored_at_s >= since)
@@ -51,11 +51,19 @@ async def _judged(connection: AsyncConnection, champion: Champion) -> dict[str, 
     }
 
 
-async def drift_alerts(connection: AsyncConnection, since_s: float | None) -> list[dict[str, Any]]:
-    """Return the drift alerts of the fleet and of makes that were raised since then, the newest first."""
+def _drifted(champion: Champion | None, since_s: float) -> tuple[sa.ColumnElement[bool], ...]:
+    """Of the champion's reference; of any where none is known: old releases drift on their own."""
+    told = (_FLEET_WIDE, _alert.raised_at_s >= since_s)
+    return told if champion is None else (*told, _alert.reference == champion.reference)
+
+
+async def drift_alerts(
+    connection: AsyncConnection, champion: Champion | None, since_s: float | None
+) -> list[dict[str, Any]]:
+    """Return the drift alerts that the trigger counts, raised since then, the newest first."""
     query = (
         sa.select(tables.drift_alert)
-        .where(_FLEET_WIDE, _alert.raised_at_s >= (since_s or 0.0))
+        .where(*_drifted(champion, since_s or 0.0))
         .order_by(_alert.drift_alert_id.desc())
         .limit(MOST_ALERTS)
     )

@@ -98,8 +98,8 @@ async def add_training_run(connection: AsyncConnection, run: TrainingRun) -> int
 
 
 async def last_training_run(connection: AsyncConnection) -> TrainingRun | None:
-    """Return the run that finished last, None before the first."""
+    """Return the run that began last, of those recorded; None before the first."""
     run = tables.training_run.c
-    query = sa.select(tables.training_run).order_by(run.finished_at_s.desc(), run.run_id.desc()).limit(1)
+    query = sa.select(tables.training_run).order_by(run.started_at_s.desc(), run.run_id.desc()).limit(1)
     row = (await connection.execute(query)).mappings().first()
     return None if row is None else TrainingRun(**{name: row[name] for name in TrainingRun.__slots__})

@@ -44,13 +44,15 @@ def test_every_alert_comes_with_what_people_said_of_it(database_url: str) -> Non
     asyncio.run(read())
 
 
-def test_the_last_training_run_is_the_one_that_finished_last(database_url: str) -> None:
+def test_the_last_training_run_is_the_one_that_read_the_lake_last(database_url: str) -> None:
     async def read() -> None:
         store = FleetStore.over(database_url)
         await store.prepare()
         async with store.reading() as connection:
             assert await last_training_run(connection) is None
-        newest = replace(RUN, finished_at_s=NOW + 900, verdict="challenger", champion_release=None)
+        newest = replace(
+            RUN, started_at_s=NOW + 60, finished_at_s=NOW + 80, verdict="challenger", champion_release=None
+        )
         async with store.writing() as connection:
             first = await add_training_run(connection, newest)
         assert await record(database_url, RUN) > first

@@ -28,7 +28,9 @@ class TriggerOut(models.Answer):
     value: float | None = Field(description="null: it cannot be known; `why` says for what reason.", examples=[4])
     threshold: float = Field(examples=[3])
     why: str = Field(
-        examples=["4 variables left the reference since the last training, on the fleet or a make; due from 3"]
+        examples=[
+            "4 variables left the release's reference since the last training began, on the fleet or a make; due from 3"
+        ]
     )
 
 
@@ -38,6 +40,9 @@ class PerformanceOut(models.Answer):
     judged: int = Field(description="Alerts of this release's models with a verdict, of types with a stated precision.")
     confirmed: int = Field(description="Of them confirmed, as the type that the alert said.")
     observed_precision: float | None
+    observed_precision_upper: float | None = Field(
+        description="The true precision lies below, at 95 % confidence (one-sided, Clopper-Pearson): what is compared."
+    )
     stated_precision: float | None = Field(
         description="By the release itself, on windows of vehicles it had not seen; weighted by judged alerts a type."
     )
@@ -69,11 +74,16 @@ class RetrainingOut(models.Answer):
     due: bool
     triggers: list[TriggerOut]
     champion: ChampionOut | None = Field(description="null: no bundle is loaded here.")
-    last_training: str | None = Field(description="What came after it counts.")
+    last_training: str | None = Field(description="The start of a run, or when the release was made.")
+    counted_from: str | None = Field(
+        description="Samples and drift alerts from then on were in no training: a run reads the lake when it begins."
+    )
     last_training_source: Literal["training_run", "release", "unknown"] = Field(
         description="What says so: the newest recorded run, or the making of the release, whichever is later."
     )
-    drift_alerts: list[DriftAlertOut] = Field(description="Of the fleet and of makes, raised since; the newest 50.")
+    drift_alerts: list[DriftAlertOut] = Field(
+        description="Against this release's reference, of the fleet and of makes, raised since; the newest 50."
+    )
     drifted_variables: list[str] = Field(description="Of these alerts, each once: what the trigger counts.")
     performance: PerformanceOut
     last_run: TrainingRunOut | None
@@ -93,7 +103,7 @@ async def retraining(running: Running) -> RetrainingOut:
     champion = None if bundle is None else due.champion_of(bundle.manifest, bundle.thresholds)
     async with running.store.reading() as connection:
         found = await due.evaluate(connection, champion, running.limits.retraining, running.wall())
-        alerts = await retraining_rows.drift_alerts(connection, found.trained.at_s)
+        alerts = await retraining_rows.drift_alerts(connection, champion, found.trained.since_s)
     told, at_s = found.performance, found.trained.at_s
     return RetrainingOut(
         due=found.is_due,
@@ -103,11 +113,13 @@ async def retraining(running: Running) -> RetrainingOut:
             created=None if champion is None or champion.created_s is None else iso(champion.created_s),
         ),
         last_training=None if at_s is None else iso(at_s),
+        counted_from=None if found.trained.since_s is None else iso(found.trained.since_s),
         last_training_source=found.trained.source,
         drift_alerts=[alert_out(row) for row in alerts],
         drifted_variables=list(found.evidence.drifted),
         performance=PerformanceOut(
             judged=told.judged, confirmed=told.confirmed, observed_precision=finite(told.observed),
+            observed_precision_upper=finite(told.upper),
             stated_precision=finite(told.stated), types_without_stated_precision=list(told.unstated_types),
         ),
         last_run=None if found.run is None else _run(found.run),

@@ -232,6 +232,11 @@ async def test_drift_alerts_are_paged_and_make_retraining_due(database_url: str,
         assert not found["due"]  # two variables are not three
         assert found["drifted_variables"] == sorted([SPEED, HEAT])
         assert len(found["drift_alerts"]) == 2
+        async with service.store.writing() as connection:  # an older release's vehicles drift on: no news of this one
+            await connection.execute(sa.update(tables.drift_alert).values(reference="0" * 64))
+        older = (await client.get("/v1/retraining")).json()
+        assert older["triggers"][0]["value"] == 0
+        assert older["drifted_variables"] == older["drift_alerts"] == []
 
 
 async def test_labels_are_held_against_the_stated_precision(database_url: str, tmp_path: Path, bundle: Path) -> None:
@@ -262,7 +267,9 @@ async def test_labels_are_held_against_the_stated_precision(database_url: str, t
         assert told_performance["stated_precision"] == 0.9
         drop = next(t for t in found["triggers"] if t["name"] == "performance_drop")
         assert drop["due"]
-        assert drop["value"] == pytest.approx((0.9 - 15 / 24) / 0.9)
+        assert told_performance["observed_precision"] == 15 / 24
+        assert drop["value"] == pytest.approx((0.9 - told_performance["observed_precision_upper"]) / 0.9)
+        assert 0.1 < drop["value"] < (0.9 - 15 / 24) / 0.9  # what is proven, not what is estimated
         assert found["due"]
         async with app.state.service.store.writing() as connection:  # another release's alerts are not its fault
             await connection.execute(sa.update(tables.alert).values(model_release=2))
@@ -293,6 +300,11 @@ async def test_a_training_run_starts_the_count_anew_and_is_shown(
         after = (await client.get("/v1/retraining")).json()
         assert after["triggers"][2]["value"] == 0
         assert after["last_training_source"] == "training_run"
+        assert after["counted_from"] == after["last_run"]["started"]
+        async with app.state.service.store.writing() as connection:  # while the run went on: it has not read this one
+            late = {**sample, "sample_id": "late", "ingest_id": 100, "stored_at_s": now - 25}
+            await connection.execute(sa.insert(tables.sample), [late])
+        assert (await client.get("/v1/retraining")).json()["triggers"][2]["value"] == 1
         assert (after["last_run"]["verdict"], after["last_run"]["samples"]) == ("champion", 7)
         assert after["command"].startswith("fleet-cloud retrain ")
 

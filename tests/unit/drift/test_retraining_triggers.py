@@ -1,6 +1,9 @@
 """The four triggers of a training run, and what is said where one cannot be known."""
 
+import math
+
 import pytest
+from scipy.stats import beta
 
 from cloud.drift.limits import Retraining, load_limits
 from cloud.drift.retraining import (
@@ -14,6 +17,7 @@ from cloud.drift.retraining import (
     performance,
     stated_precision,
     triggers,
+    upper_bound,
 )
 from edge_agent.contract.bundle import Policy, Thresholds, TypeThreshold
 from edge_agent.contract.errors import ConfigError
@@ -22,7 +26,7 @@ NOW = 1_772_000_000.0
 LIMITS = Retraining()
 CHAMPION = Champion(release=3, created_s=NOW - 10 * DAY_S, precision={"a": 0.9, "b": 0.8})
 NOTHING = Evidence((), 0, {})
-TRAINED = Trained(NOW - 10 * DAY_S, "release")
+TRAINED = Trained(NOW - 10 * DAY_S, "release", NOW - 10 * DAY_S)
 
 
 def evaluated(
@@ -48,31 +52,59 @@ def test_ten_thousand_new_samples_are_due(samples: int, due: bool) -> None:
 
 @pytest.mark.parametrize(("days", "due"), [(29.9, False), (30.0, True)])
 def test_thirty_days_are_due_and_the_reason_says_since_what(days: float, due: bool) -> None:
-    found = evaluated(trained=Trained(NOW - days * DAY_S, "training_run"))["age_days"]
+    found = evaluated(trained=Trained(NOW - days * DAY_S, "training_run", NOW - days * DAY_S))["age_days"]
     assert found.due is due
-    assert "the newest training run ended" in found.why
+    assert "the newest training run began" in found.why
 
 
 def test_the_last_training_is_the_later_of_the_release_and_the_newest_run() -> None:
-    assert last_training(CHAMPION, None) == Trained(CHAMPION.created_s, "release")
-    assert last_training(CHAMPION, NOW) == Trained(NOW, "training_run")
+    assert last_training(CHAMPION, None) == Trained(CHAMPION.created_s, "release", CHAMPION.created_s)
+    assert last_training(CHAMPION, NOW) == Trained(NOW, "training_run", NOW)
     assert last_training(CHAMPION, NOW - 20 * DAY_S).source == "release"
     assert last_training(None, None) == Trained(None, "unknown")
-    assert last_training(None, 5.0) == Trained(5.0, "training_run")
+    assert last_training(None, 5.0) == Trained(5.0, "training_run", 5.0)
+
+
+def test_what_came_between_the_start_of_a_run_and_the_release_made_of_it_counts() -> None:
+    started = CHAMPION.created_s - 3600.0  # the run, and a person who read its report
+    assert last_training(CHAMPION, started) == Trained(CHAMPION.created_s, "release", started)
 
 
 @pytest.mark.parametrize(
     ("confirmed", "wrong", "due"),
     [
-        (81, 19, False),  # exactly 10 % below 0.9: not above the limit
-        (80, 20, True),
+        (15, 5, False),  # 17 % below 0.9, but by chance alone so few or fewer would be right once in 6 times at 0.81
+        (12, 8, True),
+        (80, 20, False),
+        (73, 27, True),
         (95, 5, False),
     ],
 )
-def test_a_precision_more_than_a_tenth_below_the_stated_one_is_due(confirmed: int, wrong: int, due: bool) -> None:
+def test_a_precision_that_is_surely_more_than_a_tenth_below_the_stated_one_is_due(
+    confirmed: int, wrong: int, due: bool
+) -> None:
     found = evaluated(Evidence((), 0, {"a": Judgements(confirmed, wrong)}))["performance_drop"]
     assert found.due is due
-    assert found.value == pytest.approx((0.9 - confirmed / 100) / 0.9)
+    assert found.value == pytest.approx((0.9 - upper_bound(confirmed, confirmed + wrong)) / 0.9)
+    estimate = confirmed / (confirmed + wrong)
+    assert f"({estimate:.2f}, at 95% confidence below {upper_bound(confirmed, confirmed + wrong):.2f})" in found.why
+
+
+@pytest.mark.parametrize("judged", [20, 47, 200])
+def test_a_release_exactly_at_the_limit_is_called_worse_at_most_once_in_twenty_times(judged: int) -> None:
+    at_limit = 0.9 * 0.9
+    wrongly = sum(
+        math.comb(judged, k) * at_limit**k * (1 - at_limit) ** (judged - k)
+        for k in range(judged + 1)
+        if evaluated(Evidence((), 0, {"a": Judgements(k, judged - k)}))["performance_drop"].due
+    )
+    assert 0.01 < wrongly <= 0.05  # the bound has power too: it is no rule that never speaks
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (0, 20), (15, 20), (19, 20), (300, 1000), (0, 5000)])
+def test_the_upper_bound_is_clopper_and_pearsons(successes: int, trials: int) -> None:
+    assert upper_bound(successes, trials) == pytest.approx(beta.ppf(0.95, successes + 1, trials - successes), abs=2e-6)
+    assert upper_bound(trials, trials) == 1.0
 
 
 def test_what_is_stated_is_weighted_by_the_judged_alerts_of_each_type() -> None:
