@@ -25,6 +25,7 @@ from cloud.lake.mover import Mover
 from cloud.rollouts import renewal
 from cloud.rollouts.renewal import Renewal
 from cloud.rollouts.repository import ModelRepository
+from cloud.store import sample_expiry
 from cloud.store.fleet_store import FleetStore, StoreAwayError
 from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.contract.signals import Catalogue
@@ -89,6 +90,7 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self.every("drift", watch.EVERY_S, self.drift.step)
         self.every("lake", LAKE_STEP_S, self.mover.step)
+        self.every("sample_expiry", sample_expiry.EVERY_S, lambda: sample_expiry.step(self.store, self.wall()))
         self.models: ModelRepository | None = None
         self.renewal: Renewal | None = None
         if settings.models is not None:

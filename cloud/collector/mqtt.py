@@ -30,7 +30,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from cloud.collector import ingest
 from cloud.collector.tls import TlsFiles, certificate_ends, explain, explain_text, tls_context
 from cloud.store.fleet_store import FleetStore, StoreAwayError
-from cloud.store.items import Item, ParkItem, RefusedItem
+from cloud.store.items import EventItem, Item, ParkItem, RefusedItem
 from edge_agent.contract import messages, topics
 from edge_agent.contract.errors import ConfigError, MessageError
 
@@ -345,9 +345,9 @@ class Collector:
                 self.counters["commits"] += 1
                 self.counters["stored"] += written.stored
                 self.counters["duplicates"] += written.duplicates
-                self.counters["refused"] += sum(isinstance(item, RefusedItem) for item in items)
+                self.counters["refused"] += sum(isinstance(item, RefusedItem) for item in items) + len(written.refused)
                 self.counters["parked"] += sum(isinstance(item, ParkItem) for item in items)
-                return list(items)
+                return [item for item in items if not (isinstance(item, EventItem) and item.key in written.refused)]
 
     def _acknowledge(self, batch: list[_Received], committed: list[Item]) -> None:
         """Tell the broker that it may forget the batch, and each vehicle what is committed."""

@@ -114,3 +114,4 @@ class Written:
 
     stored: int = 0
     duplicates: int = 0
+    refused: frozenset[tuple[str, str, int]] = frozenset()  # keys of events that were not stored: not acknowledged

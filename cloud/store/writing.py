@@ -42,6 +42,9 @@ async def write(connection: AsyncConnection, items: Sequence[Item], received_at_
     events = [item for item in items if isinstance(item, EventItem)]
     seen = dict.fromkeys(item.vehicle_id for item in events)
     await _touch(connection, list(seen), received_at_s)
+    over = await sample_rows.over_quota(connection, events)
+    refused = frozenset(item.key for item in over)
+    events = [item for item in events if item.key not in refused]
     stored = await _store_events(connection, events, received_at_s)
     await _replays(connection, events)
     await _statuses(connection, [item for item in items if isinstance(item, StatusItem)], received_at_s)
@@ -50,8 +53,10 @@ async def write(connection: AsyncConnection, items: Sequence[Item], received_at_
             await _current(connection, item, received_at_s)
         elif isinstance(item, ParkItem):
             await _park(connection, item, received_at_s)
-    await _count_refused(connection, [item for item in items if isinstance(item, RefusedItem)], received_at_s)
-    return Written(stored=stored, duplicates=len(events) - stored)
+    quota = f"samples of more than {sample_rows.QUOTA_BYTES} bytes of this vehicle wait for parts"
+    full = [RefusedItem("sample_quota", item.topic, quota, b"") for item in over]
+    await _count_refused(connection, [*full, *(item for item in items if isinstance(item, RefusedItem))], received_at_s)
+    return Written(stored=stored, duplicates=len(events) - stored, refused=refused)
 
 
 async def write_telemetry(connection: AsyncConnection, step: TelemetryCommit, received_at_s: float) -> Written:
