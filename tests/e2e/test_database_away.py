@@ -129,11 +129,15 @@ def outage(postgres: Postgres, client: httpx.Client, sender: Sender, how: str) -
     assert (told.status_code, told.json()["status"]) == (503, "down")
     assert any("store" in problem for problem in told.json()["problems"])
     assert client.get("/").status_code == 200
+    metrics = client.get("/metrics")
+    assert metrics.status_code == 200
+    assert "\nvoltwatch_store_up 0.0\n" in metrics.text
     runaway = telemetry(20, 120.0, 121.0, vehicle_id=over_http)  # a guard's alert
     stranger = telemetry(0, 25.0, 25.5, vehicle_id=f"EV_{how}_new")
     while time.monotonic() - began < OUTAGE_S:
         for answer in (
-            client.post("/telemetry", json=runaway), client.post("/telemetry", json=stranger), client.get("/vehicles")
+            client.post("/telemetry", json=runaway), client.post("/telemetry", json=stranger), client.get("/vehicles"),
+            client.post("/v1/alerts/a1/confirm", json={"by": "anna", "reason": "seen on the lift"}),
         ):  # fmt: skip
             assert answer.status_code == 503
             assert answer.headers["content-type"] == "application/problem+json"
