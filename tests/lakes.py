@@ -127,6 +127,7 @@ def sample(driven: Driven, row: int, *, alert: "TestAlert | None" = None, state_
         elapsed_s=window.elapsed_s,
         sha256=hashlib.sha256(packed).hexdigest(),
         packed=packed,
+        clock_trusted=True,
     )
 
 
@@ -136,7 +137,7 @@ def from_vehicle(vehicle_id: str, told: Sampled) -> LakeSample:
         vehicle_id=vehicle_id, sample_id=f"{vehicle_id}-{told.key}", reason=told.reason, alert_id=told.alert_id,
         failure_type=told.failure_type, stratum=told.stratum, end_s=told.end_s, received_at_s=NOW,
         model_release=told.model_release, state_id=told.state_id, coverage=told.coverage, elapsed_s=told.elapsed_s,
-        sha256=hashlib.sha256(told.packed).hexdigest(), packed=told.packed,
+        sha256=hashlib.sha256(told.packed).hexdigest(), packed=told.packed, clock_trusted=True,
     )  # fmt: skip
 
 

@@ -45,9 +45,11 @@ SCHEMA = pa.schema(
         pa.field("elapsed_s", pa.float64(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),  # of `packed`
         pa.field("packed", pa.binary(), nullable=False),  # contract.samples.unpack reads it
+        pa.field("clock_trusted", pa.bool_()),  # what `end_s` is worth; a file of before this has no such column
     ],
     metadata={"voltwatch": "sample 1"},
 )
+_NEEDED = tuple(f for f in SCHEMA if f.name != "clock_trusted")
 _COMPRESSION = dict.fromkeys(SCHEMA.names, "zstd") | {"packed": "none"}  # a packed window is compressed already
 
 
@@ -73,6 +75,7 @@ class LakeSample:
     elapsed_s: float
     sha256: str
     packed: bytes
+    clock_trusted: bool = False  # not known is not trusted
 
     @property
     def key(self) -> tuple[str, str]:
@@ -230,9 +233,9 @@ class Lake:
             with self._open().open(f"{self._root}/{path}", "rb") as file:
                 table = pq.ParquetFile(file, page_checksum_verification=True)
                 there = table.schema_arrow
-                if any(there.get_field_index(f.name) < 0 or there.field(f.name).type != f.type for f in SCHEMA):
+                if any(there.get_field_index(f.name) < 0 or there.field(f.name).type != f.type for f in _NEEDED):
                     raise LakeAwayError(f"lake {self.name}: {path} is no file of samples; move it elsewhere")
-                for batch in table.iter_batches(_ROWS, columns=SCHEMA.names):
+                for batch in table.iter_batches(_ROWS, columns=[name for name in SCHEMA.names if name in there.names]):
                     for row in batch.to_pylist():
                         yield LakeSample(**row)
         except FileNotFoundError:

@@ -206,7 +206,7 @@ def _check(rows: Sequence[tuple[dict[str, Any], bytes]]) -> tuple[list[LakeSampl
             LakeSample(
                 vehicle_id=row["vehicle_id"], sample_id=row["sample_id"], reason=row["reason"],
                 alert_id=row["alert_id"], failure_type=row["failure_type"], stratum=row["stratum"],
-                end_s=end_s, received_at_s=row["received_at_s"],
+                end_s=end_s, clock_trusted=row["clock_trusted"], received_at_s=row["received_at_s"],
                 model_release=row["model_release"], state_id=row["state_id"], coverage=row["coverage"],
                 elapsed_s=row["elapsed_s"], sha256=row["sha256"], packed=packed,
             )

@@ -93,7 +93,8 @@ async def _add(connection: AsyncConnection, by_sample: dict[Key, list[tuple[int,
         insert(tables.sample).on_conflict_do_nothing(index_elements=["vehicle_id", "sample_id"]),
         [
             {"vehicle_id": key[0], "sample_id": key[1], "ingest_id": found[0][0], "received_at_s": found[0][3],
-             "state": "waiting", **{name: getattr(found[0][2], name) for name in _HEADER}}
+             "state": "waiting", "clock_trusted": found[0][1].envelope.clocktrusted,
+             **{name: getattr(found[0][2], name) for name in _HEADER}}
             for key, found in by_sample.items()
         ],
     )  # fmt: skip

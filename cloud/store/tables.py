@@ -202,6 +202,7 @@ sample = sa.Table(
     sa.Column("failure_type", sa.String(128), nullable=False),
     sa.Column("stratum", sa.String(16), nullable=False),
     sa.Column("end_time", sa.String(40), nullable=False),
+    sa.Column("clock_trusted", sa.Boolean, nullable=False, server_default=sa.false()),  # what `end_time` is worth
     sa.Column("elapsed_s", sa.Double, nullable=False),
     sa.Column("coverage", sa.Double, nullable=False),
     sa.Column("state_id", sa.String(128), nullable=False),

@@ -87,8 +87,13 @@ def _seconds(text: str, otherwise: float) -> float:
         return otherwise
 
 
-def label_sample(reason: str, alert_id: str, end_s: float, alerts: list[Known], *, horizon_s: float) -> SampleLabel:
+def label_sample(
+    reason: str, alert_id: str, end_s: float, alerts: list[Known], *, clock_trusted: bool, horizon_s: float
+) -> SampleLabel:
     """Say what a window that ends at `end_s` (Unix seconds, the vehicle's clock) is evidence of.
+
+    Where that clock was not trusted the window may be of any time: its own alert is known by its id, and any other that
+    may explain a window may explain this one.
 
     `alerts` are all alerts of its vehicle. `horizon_s`: so long before and after an alert that is confirmed, or that
     nobody has judged, no window of its vehicle is taken as healthy.
@@ -100,13 +105,16 @@ def label_sample(reason: str, alert_id: str, end_s: float, alerts: list[Known], 
             return SampleLabel("unlabelled", why=why)
         if own.verdict == CONFIRMED:
             kind = FAILURE_TYPES.index(own.label_type)
-            if end_s < own.since_s:  # the fault may have been at work; nobody says that it could be seen
+            if (
+                clock_trusted and end_s < own.since_s
+            ):  # the fault may have been at work; nobody says that it could be seen
                 return SampleLabel("early", kind, NO_TYPE, own)
             return SampleLabel("confirmed", kind, own.severity_index, own)
-    standing = [a for a in alerts if a.verdict != FALSE_ALARM and _near(a, end_s, horizon_s)]
+    standing = [a for a in alerts if a.verdict != FALSE_ALARM and (not clock_trusted or _near(a, end_s, horizon_s))]
     if standing:
         what = "a confirmed alert" if any(a.verdict == CONFIRMED for a in standing) else "an alert nobody has judged"
-        return SampleLabel("unlabelled", why=f"{what} of its vehicle is near")
+        where = "is near" if clock_trusted else "may be near: its clock was not trusted"
+        return SampleLabel("unlabelled", why=f"{what} of its vehicle {where}")
     return SampleLabel("healthy" if own is None else "false_alarm", alert=own)
 
 

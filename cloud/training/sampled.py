@@ -83,7 +83,9 @@ def read_samples(
     for done, sample in enumerate(samples, start=1):
         on_sample(done)
         known = alerts.get(sample.vehicle_id, [])
-        label = label_sample(sample.reason, sample.alert_id, sample.end_s, known, horizon_s=horizon_s)
+        label = label_sample(
+            sample.reason, sample.alert_id, sample.end_s, known, clock_trusted=sample.clock_trusted, horizon_s=horizon_s
+        )
         if not label.used:
             unused[label.why] += 1
             continue
@@ -124,6 +126,8 @@ def chosen_by_champion(
         return False
     if label.alert is not None and not label.alert.may_be_of(champion_release):
         return False
+    if not sample.clock_trusted:
+        return True
     others = (a for a in alerts if not a.may_be_of(champion_release))
     return not any(sample.end_s - length_s < a.since_s <= sample.end_s for a in others)
 

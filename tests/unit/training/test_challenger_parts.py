@@ -38,9 +38,10 @@ def alert(alert_id: str = "a1", verdict: str | None = None, **changes: object) -
     return replace(told, **changes)  # type: ignore[arg-type]
 
 
-def labelled(reason: str, end_s: float, *alerts: JudgedAlert, alert_id: str = "a1"):
+def labelled(reason: str, end_s: float, *alerts: JudgedAlert, alert_id: str = "a1", clock_trusted: bool = True):
     own = alert_id if reason == "alert" else ""
-    return label_sample(reason, own, end_s, [known_alert(a) for a in alerts], horizon_s=14 * DAY)
+    known = [known_alert(a) for a in alerts]
+    return label_sample(reason, own, end_s, known, clock_trusted=clock_trusted, horizon_s=14 * DAY)
 
 
 # --- labels ---
@@ -85,6 +86,19 @@ def test_an_alert_that_stands_or_has_no_trusted_time_leaves_no_random_window_of_
     assert labelled("random", SINCE + 400 * DAY, alert(clock_trusted=False)).meaning == "unlabelled"
     assert labelled("random", SINCE + 400 * DAY, alert(ended="yesterday")).meaning == "unlabelled"
     assert labelled("random", SINCE, alert(verdict="false_alarm")).meaning == "healthy"
+
+
+def test_a_window_under_a_clock_that_was_not_trusted_is_judged_by_its_alert_not_by_its_time() -> None:
+    years = 20 * 365 * DAY
+    assert labelled("alert", SINCE - years, alert(verdict="confirmed"), clock_trusted=False).meaning == "confirmed"
+    wrong = alert(verdict="false_alarm")
+    assert labelled("alert", SINCE - years, wrong, clock_trusted=False).meaning == "false_alarm"
+    for standing in (alert("a2", "confirmed"), alert("a2")):
+        assert labelled("alert", SINCE - years, wrong, standing, clock_trusted=False).meaning == "unlabelled"
+        found = labelled("random", SINCE - years, standing, clock_trusted=False)
+        assert found.meaning == "unlabelled"
+        assert "clock was not trusted" in found.why
+    assert labelled("random", SINCE, wrong, clock_trusted=False).meaning == "healthy"
 
 
 @pytest.mark.parametrize(
@@ -342,7 +356,7 @@ def test_an_alert_is_the_champions_own_unless_it_surely_is_not(
 def test_a_window_that_a_guard_would_have_chosen_too_is_not_the_champions_choice() -> None:
     sample = lake_sample("alert", SINCE + 300)
     mine, guard = known_alert(alert(verdict="confirmed")), known_alert(alert("a2", "confirmed", origin="guard"))
-    label = label_sample("alert", "a1", sample.end_s, [mine, guard], horizon_s=14 * DAY)
+    label = label_sample("alert", "a1", sample.end_s, [mine, guard], clock_trusted=True, horizon_s=14 * DAY)
     assert chosen_by_champion(sample, label, [mine], 1, 600.0)
     assert not chosen_by_champion(sample, label, [mine, guard], 1, 600.0)
     assert chosen_by_champion(lake_sample("alert", SINCE + 900), label, [mine, guard], 1, 600.0)
@@ -353,7 +367,7 @@ def lake_sample(reason: str, end_s: float) -> LakeSample:
     return LakeSample(
         vehicle_id="EV_1", sample_id="s1", reason=reason, alert_id="a1" if reason == "alert" else "", failure_type="",
         stratum="driving", end_s=end_s, received_at_s=end_s + 5, model_release=1, state_id="x", coverage=1.0,
-        elapsed_s=60.0, sha256="", packed=b"",
+        elapsed_s=60.0, sha256="", packed=b"", clock_trusted=True,
     )  # fmt: skip
 
 

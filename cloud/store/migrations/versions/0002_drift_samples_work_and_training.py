@@ -115,6 +115,7 @@ def upgrade() -> None:
         sa.Column("failure_type", sa.String(length=128), nullable=False),
         sa.Column("stratum", sa.String(length=16), nullable=False),
         sa.Column("end_time", sa.String(length=40), nullable=False),
+        sa.Column("clock_trusted", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("elapsed_s", sa.Double(), nullable=False),
         sa.Column("coverage", sa.Double(), nullable=False),
         sa.Column("state_id", sa.String(length=128), nullable=False),
