@@ -59,7 +59,9 @@ async def look(
         alone = "vehicle" in wanted.scopes and (wanted.complete or any(t.windows >= limits.min_windows for t in totals))
         if not mine and not alone:
             continue
-        sums, wrong = await drift_rows.vehicle_sums(connection, known, span, vehicle_id, up_to=up_to)
+        sums, wrong = await drift_rows.vehicle_sums(
+            connection, known, span, vehicle_id, up_to=up_to, stratum=wanted.stratum
+        )
         looked.wrong += wrong
         for total, group in mine:
             if total.stratum in sums:

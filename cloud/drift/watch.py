@@ -4,6 +4,7 @@ It runs again when there are new counts, or an hour after the last time, as old 
 than a twentieth of the time, so that a large fleet's look does not take the server from its requests.
 """
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 60.0
 AGAIN_S = 3600.0  # with nothing new: counts come by the hour, and leave the span so
 REST = 19.0  # so many times as long as the last look took
+LOOKS = 2  # of a fleet that are answered at once: each keeps a core busy for its seconds
 ALL: frozenset[Scope] = frozenset({"vehicle", "make", "fleet"})
 
 
@@ -48,6 +50,7 @@ class DriftWatch:
         self._looked_at = -AGAIN_S
         self._not_before = 0.0
         self.last: tuple[Last, ...] = ()  # one a reference
+        self.turns = asyncio.Semaphore(LOOKS)  # for whoever looks at many messages beside the watch
 
     async def step(self) -> None:
         """Do what is due. Raises `StoreAwayError` when the store is away."""

@@ -5,6 +5,7 @@ listed, and counts from the moment its reference is registered. One whose counts
 its problem, told and never added. Reading is by vehicle and in chunks, so that memory holds one vehicle's sums.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from cloud.store.wire_time import unix_s
 from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.messages import DriftCounts
 
-CHUNK = 200  # messages of some 6 kB decoded at a time: 20 ms, and then others have their turn
+CHUNK = 200  # messages of some 6 kB read at a time, and decoded in a thread: 20 ms
 _LOCK = 0x766F6C7464726966  # "voltdrif": PostgreSQL's advisory locks are 64-bit numbers
 BEFORE = "counted before: this event came in another stream too"
 MOST_LISTED = 100  # unknown references, and problems, in one answer
@@ -152,8 +153,7 @@ async def register(
     )  # fmt: skip
     after = 0
     while chunk := await _bodies(connection, after, _drift.reference == reference):
-        wrong = [(i, problem) for i, counts in chunk if (problem := _problem(bins, counts))]
-        await set_aside(connection, wrong)
+        await set_aside(connection, await asyncio.to_thread(_misfits, bins, chunk))
         after = chunk[-1][0]
     return True
 
@@ -173,9 +173,13 @@ async def set_aside(connection: AsyncConnection, wrong: Sequence[tuple[int, str]
         )
 
 
+def _misfits(bins: Bins, chunk: list[tuple[int, bytes]]) -> list[tuple[int, str]]:
+    return [(i, problem) for i, body in chunk if (problem := _problem(bins, _decoder.decode(body).data))]
+
+
 async def _bodies(
     connection: AsyncConnection, after: int, *where: sa.ColumnElement[bool]
-) -> list[tuple[int, DriftCounts]]:  # fmt: skip
+) -> list[tuple[int, bytes]]:  # fmt: skip
     query = (
         sa.select(_drift.ingest_id, tables.event.c.body)
         .join(tables.event, tables.event.c.ingest_id == _drift.ingest_id)
@@ -183,7 +187,7 @@ async def _bodies(
         .order_by(_drift.ingest_id)
         .limit(CHUNK)
     )
-    return [(r.ingest_id, _decoder.decode(r.body).data) for r in await connection.execute(query)]
+    return [(r.ingest_id, r.body) for r in await connection.execute(query)]
 
 
 _decoder = msgspec.json.Decoder(_Body)
@@ -241,32 +245,72 @@ def _counted(reference: str, span: Span, up_to: int) -> tuple[sa.ColumnElement[b
     )  # fmt: skip
 
 
+async def messages_counted(
+    connection: AsyncConnection, span: Span, *, vehicle_id: str | None = None, make: str | None = None,
+    stratum: str | None = None,
+) -> int:  # fmt: skip
+    """Return how many messages a look at this span would read."""
+    query = sa.select(sa.func.count()).select_from(tables.drift)
+    query = query.where(_drift.at_s >= span.from_s, _drift.at_s < span.to_s, _drift.problem == "")
+    query = query.where(_drift.reference.in_(sa.select(_known.reference)))
+    if vehicle_id is not None:
+        query = query.where(_drift.vehicle_id == vehicle_id)
+    if stratum is not None:
+        query = query.where(_drift.stratum == stratum)
+    if make is not None:
+        query = query.where(
+            _drift.vehicle_id.in_(sa.select(tables.vehicle.c.vehicle_id).where(tables.vehicle.c.make == make))
+        )
+    return await connection.scalar(query) or 0
+
+
 async def vehicle_sums(
-    connection: AsyncConnection, known_reference: Known, span: Span, vehicle_id: str, *, up_to: int
+    connection: AsyncConnection,
+    known_reference: Known,
+    span: Span,
+    vehicle_id: str,
+    *,
+    up_to: int,
+    stratum: str | None = None,
 ) -> tuple[dict[str, IntArray], list[tuple[int, str]]]:
-    """Add up one vehicle's counts by stratum; and name the messages, (ingest_id, problem), that do not fit."""
+    """Add up one vehicle's counts by stratum; and name the messages, (ingest_id, problem), that do not fit.
+
+    Decoding and adding is done in a thread, chunk by chunk: a fleet's takes many seconds, and others want answers.
+    """
     bins = known_reference.bins
     sums: dict[str, IntArray] = {}
     wrong: list[tuple[int, str]] = []
     after = 0
-    where = (_drift.vehicle_id == vehicle_id, *_counted(known_reference.reference, span, up_to))
+    where: tuple[sa.ColumnElement[bool], ...] = (
+        _drift.vehicle_id == vehicle_id,
+        *_counted(known_reference.reference, span, up_to),
+    )
+    if stratum is not None:
+        where += (_drift.stratum == stratum,)
     while chunk := await _bodies(connection, after, *where):
-        for ingest_id, counts in chunk:
-            try:
-                row = bins.row(counts)
-            except CountsError as error:  # stored while its reference was being registered, or by an older release
-                wrong.append((ingest_id, str(error)))
-                continue
-            stratum = counts.variables[0].stratum
-            held = sums.get(stratum)
-            if held is None:
-                sums[stratum] = np.array(row)
-            else:
-                held += row
+        await asyncio.to_thread(_add_up, bins, chunk, sums, wrong)
         after = chunk[-1][0]
         if len(chunk) < CHUNK:
             break
     return sums, wrong
+
+
+def _add_up(
+    bins: Bins, chunk: list[tuple[int, bytes]], sums: dict[str, IntArray], wrong: list[tuple[int, str]]
+) -> None:
+    for ingest_id, body in chunk:
+        counts = _decoder.decode(body).data
+        try:
+            row = bins.row(counts)
+        except CountsError as error:  # stored while its reference was being registered, or by an older release
+            wrong.append((ingest_id, str(error)))
+            continue
+        stratum = counts.variables[0].stratum
+        held = sums.get(stratum)
+        if held is None:
+            sums[stratum] = np.array(row)
+        else:
+            held += row
 
 
 async def waiting(connection: AsyncConnection, span: Span, vehicle_id: str | None = None) -> list[dict[str, Any]]:

@@ -1,5 +1,8 @@
 """Drift: how far a vehicle, a make or the fleet lies from what a release was trained on, and the alerts about it."""
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
@@ -19,6 +22,11 @@ from edge_agent.contract.messages import finite
 from edge_agent.pipeline.alerts import iso
 
 DAY_S = 86_400.0
+# in one answer: half a minute of one core, at some 6,000 a second
+MOST_MESSAGES = 200_000
+FEW_MESSAGES = 2_000  # a vehicle's month: a third of a second, for which nobody waits his turn
+TURN_WAIT_S = 30.0
+RETRY_AFTER_S = 30
 MOST_DAYS = 366  # a year of one vehicle is some 20,000 messages; of a fleet, ask by months
 
 router = APIRouter(prefix="/v1/drift", tags=["drift"], dependencies=[Depends(only_known_parameters)], responses=WRONG)
@@ -170,9 +178,11 @@ async def drift(
     """Compare what vehicles counted in a span of time with what each release saw in training.
 
     Without `vehicle_id` or `make` it is the whole fleet. A vehicle counts with its share of the windows, but at most
-    `max_vehicle_share`; with fewer vehicles than 1 / `max_vehicle_share`, all count the same. Counts belong to the time
-    at which their span ended: by the vehicle's clock where it is trusted or a recording was replayed, else by their
-    arrival. A vehicle that was never heard of is a 404; one without counts is an empty answer with `too_few`.
+    `max_vehicle_share`; with fewer vehicles than 1 / `max_vehicle_share`, all count the same. What would read more than
+    200,000 messages is a 422 that says how to narrow it; a 503 says that other large questions come first. Counts
+    belong to the time at which their span ended: by the vehicle's clock where it is trusted or a recording was
+    replayed, else by their arrival. A vehicle that was never heard of is a 404; one without counts is an empty answer
+    with `too_few`.
     """
     if vehicle_id is not None and make is not None:
         words = "give vehicle_id or make, not both"
@@ -186,6 +196,10 @@ async def drift(
     async with running.store.reading() as connection:
         if vehicle_id is not None and not await drift_rows.vehicle_known(connection, vehicle_id):
             raise ProblemError(404, f"vehicle {vehicle_id}: was never heard of here")
+        messages = await drift_rows.messages_counted(
+            connection, span, vehicle_id=vehicle_id, make=make, stratum=stratum
+        )
+    async with _turn(running.drift.turns, messages), running.store.reading() as connection:
         for known in await drift_rows.references_counted(connection, span):
             answer, wrong = await _against(connection, known, span, wanted, limits, kind)
             unfit += wrong
@@ -208,6 +222,32 @@ async def drift(
         set_aside=[*(SetAside(**row) for row in aside), *unfit],
         limits=DriftLimits(**{name: getattr(limits, name) for name in DriftLimits.model_fields}),
     )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def _turn(turns: asyncio.Semaphore, messages: int) -> AsyncIterator[None]:
+    """Wait until so many messages may be read. Raises `ProblemError`; no connection of the store is held meanwhile."""
+    if messages > MOST_MESSAGES:
+        words = (
+            f"{messages} drift messages lie between `from` and `to`, and one answer reads at most {MOST_MESSAGES}: "
+            "shorten the time, or name a stratum, a make or a vehicle_id"
+        )
+        raise ProblemError(422, f"from: {words}", errors=[FieldProblem(field="from", problem=words)])
+    if messages <= FEW_MESSAGES:
+        yield
+        return
+    try:
+        async with asyncio.timeout(TURN_WAIT_S):
+            await turns.acquire()
+    except TimeoutError:
+        raise ProblemError(
+            503, "other questions about the drift of many vehicles are being answered: try again later, or ask less",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        ) from None  # fmt: skip
+    try:
+        yield
+    finally:
+        turns.release()
 
 
 def _span(begin: str | None, end: str | None, now_s: float, limits: Drift) -> Span:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +20,10 @@ from typer.testing import CliRunner
 from cloud.__main__ import COMMANDS
 from cloud.api import create_app
 from cloud.api.settings import Settings
+from cloud.api.v1 import drift as drift_endpoint
+from cloud.drift.bins import Bins, IntArray
 from cloud.drift.commands import register_reference
+from cloud.drift.watch import LOOKS
 from cloud.store import tables
 from cloud.store.items import Item
 from cloud.store.training_rows import TrainingRun, add_training_run
@@ -106,6 +110,53 @@ async def test_the_drift_of_fleet_make_and_vehicle_is_answered_with_its_sample_s
         assert [v["name"] for v in only["references"][0]["variables"]] == [HEAT]
         parked = (await client.get("/v1/drift?stratum=parked")).json()
         assert (parked["references"], parked["verdict"]) == ([], "too_few")
+
+
+async def test_a_question_over_too_many_messages_is_answered_with_how_to_narrow_it(
+    database_url: str, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_endpoint, "MOST_MESSAGES", 15)
+    async with serving(database_url, tmp_path, bundle) as (client, app):
+        await app.state.service.drift.step()
+        await commit(app, [status("EV_1", "one"), *fleet(sha256(bundle), 2)])
+        answer = await client.get("/v1/drift")
+        assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+        assert "20 drift messages lie between `from` and `to`" in answer.json()["detail"]
+        assert [e["field"] for e in answer.json()["errors"]] == ["from"]
+        since = iso(time.time() - 5 * HOUR)
+        for narrower in ("vehicle_id=EV_1", "make=one", "stratum=parked", f"from={since}"):
+            assert (await client.get(f"/v1/drift?{narrower}")).status_code == 200, narrower
+
+
+async def test_large_questions_wait_their_turn_and_are_read_beside_the_event_loop(
+    database_url: str, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_endpoint, "FEW_MESSAGES", 15)
+    monkeypatch.setattr(drift_endpoint, "TURN_WAIT_S", 0.2)
+    threads: set[int] = set()
+    row = Bins.row
+
+    def seen(self: Bins, told: messages.DriftCounts) -> IntArray:
+        threads.add(threading.get_ident())
+        return row(self, told)
+
+    async with serving(database_url, tmp_path, bundle) as (client, app):
+        await app.state.service.drift.step()
+        await commit(app, fleet(sha256(bundle), 2))
+        monkeypatch.setattr(Bins, "row", seen)
+        turns = app.state.service.drift.turns
+        for _ in range(LOOKS):
+            await turns.acquire()
+        refused = await client.get("/v1/drift")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, str(drift_endpoint.RETRY_AFTER_S))
+        assert (await client.get("/v1/drift?vehicle_id=EV_1")).status_code == 200  # a small one has no need of a turn
+        waits = asyncio.create_task(client.get("/v1/drift"))
+        await asyncio.sleep(0.05)
+        turns.release()
+        assert (await waits).status_code == 200
+        assert (await client.get("/v1/drift")).status_code == 200  # its turn was given back
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 async def test_a_span_holds_what_ended_within_it(database_url: str, tmp_path: Path, bundle: Path) -> None:
