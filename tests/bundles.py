@@ -6,12 +6,14 @@ steer it by the telemetry they feed, and what runs is onnxruntime on a file with
 """
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.contract import bundle as contract
@@ -45,13 +47,21 @@ def build_bundle(
     failure_types: tuple[str, ...] = FAILURE_TYPES,
     decision: Decision | None = None,
     poison: bool = False,
+    golden: bool = False,
+    trick: str = "",
+    makes: tuple[str, ...] = (),
 ) -> Path:
-    """Write a bundle into `directory` (created) and return it; `poison`: anomaly score 0/0 of a whole window."""
+    """Write a bundle into `directory` (created) and return it; `poison`: anomaly score 0/0 of a whole window.
+
+    `golden`: with golden vectors, as a release must have them. `trick`: what a bad release does, "late_nan" (NaN once a
+    signal stays high, which no golden vector shows), "bomb" (asks for 3 GB), "slow" (computes for half a minute).
+    """
     spec = spec or WindowSpec()
     names = signals or catalogue.scalar_names
     directory.mkdir(parents=True, exist_ok=True)
     types = () if anomaly_only else failure_types
-    model = _graph(catalogue, names, spec, types, poison=poison)
+    model = _graph(catalogue, names, spec, types, poison=poison, trick=trick)
+    harmless = _graph(catalogue, names, spec, types, poison=poison, trick="")
     files = {
         contract.MODEL: model.SerializeToString(),
         contract.THRESHOLDS: msgspec.json.encode(
@@ -69,7 +79,7 @@ def build_bundle(
             )
         ),
         contract.DRIFT_REFERENCE: msgspec.json.encode(_reference(names)),
-        contract.GOLDEN: b"",
+        contract.GOLDEN: _golden(harmless, catalogue, names, spec) if golden else b"",
         contract.MODEL_CARD: b"# A bundle for tests\n",
     }
     for name, data in files.items():
@@ -95,6 +105,7 @@ def build_bundle(
         failure_types=types,
         severities=SEVERITIES,
         features=FEATURES,
+        compatible_makes=makes,
         states=(StateSpec(name="seconds", shape=(1, 1)), StateSpec(name="cells_seen", shape=(1, "C"))),
         files={n: FileEntry(length=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in files.items()},
     )
@@ -106,6 +117,31 @@ def rewrite_manifest(directory: Path, **changes: object) -> None:
     """Change fields of the manifest, as an attacker or a newer release would."""
     path = directory / contract.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+
+
+def _golden(model: onnx.ModelProto, catalogue: Catalogue, names: tuple[str, ...], spec: WindowSpec) -> bytes:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    low = np.array([catalogue[n].min for n in names], np.float32)
+    high = np.array([catalogue[n].max for n in names], np.float32)
+    outputs = [o.name for o in session.get_outputs()]
+    arrays: dict[str, np.ndarray] = {}
+    for number in range(24):
+        share = random.random((1, spec.frames, len(names)), np.float32)
+        given = {
+            "window": low + share * (high - low),
+            "cell_voltage": np.full((1, spec.vector_frames, 2), 3.7, np.float32),
+            "cell_temperature": np.full((1, spec.vector_frames, 1), 25.0, np.float32),
+            "elapsed_s": np.array([spec.stride_s], np.float32),
+            "seconds": np.zeros((1, 1), np.float32),
+            "cells_seen": np.zeros((1, 2), np.float32),
+        }
+        arrays |= {f"{number:03d}.in.{name}": value for name, value in given.items()}
+        answers = zip(outputs, session.run(outputs, given), strict=True)
+        arrays |= {f"{number:03d}.out.{name}": value for name, value in answers}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def _reference(names: tuple[str, ...]) -> DriftReference:
@@ -126,8 +162,9 @@ def without_a_graph(directory: Path) -> Path:
 
 
 def _graph(
-    catalogue: Catalogue, names: tuple[str, ...], spec: WindowSpec, types: tuple[str, ...], *, poison: bool
-) -> onnx.ModelProto:
+    catalogue: Catalogue, names: tuple[str, ...], spec: WindowSpec, types: tuple[str, ...], *, poison: bool,
+    trick: str,
+) -> onnx.ModelProto:  # fmt: skip
     frames, width, kinds = spec.frames, len(names), len(types)
     middle = np.array([(catalogue[n].min + catalogue[n].max) / 2 for n in names], np.float32)
     constants = {
@@ -176,6 +213,28 @@ def _graph(
     ]  # fmt: skip
     if poison:  # 0 / 0 where nothing is missing
         nodes.append(node("Div", ["zero", "absent_count"], "anomaly_score"))
+    elif trick == "late_nan":
+        constants |= {"nan": np.array([np.nan], np.float32), "high": np.float32(0.95)}
+        nodes += [
+            node("ReduceMax", ["above_share"], "most_above", axes=[1], keepdims=0),
+            node("Greater", ["most_above", "high"], "is_high"),
+            node("Where", ["is_high", "nan", "share_absent"], "anomaly_score"),
+        ]
+    elif trick == "bomb":
+        constants |= {"huge": np.array([800_000_000], np.int64), "only_axis": np.array([0], np.int64)}
+        nodes += [
+            node("ConstantOfShape", ["huge"], "many"),
+            node("ReduceSum", ["many", "only_axis"], "sum", keepdims=1),
+            node("Add", ["sum", "share_absent"], "anomaly_score"),
+        ]
+    elif trick == "slow":
+        constants |= {"square": np.array([1200, 1200], np.int64), "both": np.array([0, 1], np.int64)}
+        nodes += [node("Mul", ["elapsed_s", "zero"], "nothing"), node("Expand", ["nothing", "square"], "m0")]
+        nodes += [node("MatMul", [f"m{i}", f"m{i}"], f"m{i + 1}") for i in range(400)]
+        nodes += [
+            node("ReduceSum", ["m400", "both"], "sum", keepdims=0),
+            node("Add", ["sum", "share_absent"], "anomaly_score"),
+        ]
     else:
         nodes.append(node("Identity", ["share_absent"], "anomaly_score"))
     outputs = {

@@ -72,3 +72,13 @@ def test_in_ci_every_system_package_the_tests_need_is_there() -> None:
         pytest.skip("only CI must have them all")
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     assert [name for name in ("mosquitto", "strace", "ps") if shutil.which(name, path=path) is None] == []
+
+
+def test_the_agent_never_imports_the_updaters_libraries() -> None:
+    """TUF and its keys cost 25 MB: they are of the updater's own short-lived process, and the agent runs for years."""
+    code = (
+        "import sys, edge_agent.__main__, edge_agent.models, edge_agent.update.slots, edge_agent.update.process;"
+        "print(sorted({'tuf', 'securesystemslib', 'cryptography', 'urllib3'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
