@@ -18,6 +18,7 @@ from cloud.collector import ingest
 from cloud.lake.lake import Lake, LakeSample, new_path
 from cloud.store import work_rows
 from cloud.store.fleet_store import FleetStore
+from cloud.store.items import StatusItem
 from cloud.training.config import DEFAULT_CONFIG, load_catalogue, load_config, load_mapping
 from cloud.training.recording import blocks, read_columns
 from cloud.training.vehicle import feature_runner
@@ -182,10 +183,12 @@ def write_lake(url: str, samples: list[LakeSample], *, files: int = 3) -> list[s
     return paths
 
 
-async def write_store(url: str, alerts: list[TestAlert]) -> None:
-    """Let the vehicles tell their alerts, and people judge them."""
+async def write_store(url: str, alerts: list[TestAlert], seen: Iterable[str] = ()) -> None:
+    """Let the vehicles tell their alerts, and people judge them; `seen` are on line at `NOW`, weeks later."""
     store = FleetStore.over(url)
     await store.prepare()
+    online = [StatusItem(vehicle, messages.Status(state="online"), retained=False) for vehicle in seen]
+    await store.commit(online, received_at_s=NOW)
     for number, told in enumerate(alerts):
         items = [
             _told(told, 2 * number + 1, "raised", told.since_s),

@@ -88,6 +88,13 @@ async def makes(connection: AsyncConnection) -> dict[str, str]:
     return {row.vehicle_id: row.make for row in await connection.execute(query)}
 
 
+async def last_seen(connection: AsyncConnection) -> dict[str, float]:
+    """Return when every vehicle was last heard of, Unix seconds on the server's clock."""
+    vehicle = tables.vehicle.c
+    found = await connection.execute(sa.select(vehicle.vehicle_id, vehicle.last_seen_at_s))
+    return {row.vehicle_id: row.last_seen_at_s for row in found}
+
+
 async def add_training_run(connection: AsyncConnection, run: TrainingRun) -> int:
     """Write one run; returns its id."""
     row = {name: getattr(run, name) for name in TrainingRun.__slots__}

@@ -17,7 +17,7 @@ import numpy as np
 
 from cloud.lake.lake import url_name
 from cloud.store.fleet_store import FleetStore
-from cloud.store.training_rows import judged_alerts, makes
+from cloud.store.training_rows import judged_alerts, last_seen, makes
 from cloud.training import champion as champions
 from cloud.training.appended import append, frozen_sha256
 from cloud.training.compare import Contestant, Figure, Frozen, compare
@@ -97,7 +97,7 @@ def retrain(
     Heads(places.champion, places.data, catalogue)  # whether its models load, before minutes of work
 
     on_step("asking the store for people's verdicts", 0.04)
-    alerts, made_by = asyncio.run(_from_store(places.database))
+    alerts, made_by, seen_at_s = asyncio.run(_from_store(places.database))
 
     lake = LakeReading(places.lake)
     read = read_samples(
@@ -107,6 +107,7 @@ def retrain(
         catalogue=catalogue,
         window=info.window,
         horizon_s=config.labels.horizon_s,
+        observed_until_s=seen_at_s,
         champion_release=champion_release,
         on_sample=lambda n: on_step(f"features of sample {n}", 0.06) if n % 50 == 1 else None,
     )
@@ -163,15 +164,14 @@ def retrain(
     return Result(verdict, tuple(figures), len(learned), labels, name, report)
 
 
-async def _from_store(url: str) -> tuple[dict[str, list[Known]], dict[str, str]]:
+async def _from_store(url: str) -> tuple[dict[str, list[Known]], dict[str, str], dict[str, float]]:
     store = FleetStore.over(url)
     try:
         await store.prepare()
         async with store.reading() as connection:
             alerts = await judged_alerts(connection)
-            return {v: [known_alert(a) for a in of_vehicle] for v, of_vehicle in alerts.items()}, await makes(
-                connection
-            )
+            known = {v: [known_alert(a) for a in of_vehicle] for v, of_vehicle in alerts.items()}
+            return known, await makes(connection), await last_seen(connection)
     finally:
         await store.close()
 

@@ -88,12 +88,23 @@ def _seconds(text: str, otherwise: float) -> float:
 
 
 def label_sample(
-    reason: str, alert_id: str, end_s: float, alerts: list[Known], *, clock_trusted: bool, horizon_s: float
+    reason: str,
+    alert_id: str,
+    end_s: float,
+    alerts: list[Known],
+    *,
+    clock_trusted: bool,
+    received_at_s: float,
+    observed_until_s: float,
+    horizon_s: float,
 ) -> SampleLabel:
     """Say what a window that ends at `end_s` (Unix seconds, the vehicle's clock) is evidence of.
 
     Where that clock was not trusted the window may be of any time: its own alert is known by its id, and any other that
-    may explain a window may explain this one.
+    may explain a window may explain this one. It came here at `received_at_s`, so it is not younger.
+
+    `observed_until_s`: until when the vehicle was heard of, on the server's clock. A failure that shows only after that
+    has told nobody yet, so that a window at random whose horizon ends later is not known to be healthy.
 
     `alerts` are all alerts of its vehicle. `horizon_s`: so long before and after an alert that is confirmed, or that
     nobody has judged, no window of its vehicle is taken as healthy.
@@ -115,7 +126,11 @@ def label_sample(
         what = "a confirmed alert" if any(a.verdict == CONFIRMED for a in standing) else "an alert nobody has judged"
         where = "is near" if clock_trusted else "may be near: its clock was not trusted"
         return SampleLabel("unlabelled", why=f"{what} of its vehicle {where}")
-    return SampleLabel("healthy" if own is None else "false_alarm", alert=own)
+    if own is not None:
+        return SampleLabel("false_alarm", alert=own)
+    if observed_until_s < (end_s if clock_trusted else received_at_s) + horizon_s:
+        return SampleLabel("unlabelled", why="its vehicle has not been heard of for the whole horizon after it")
+    return SampleLabel("healthy")
 
 
 def _unusable(own: Known | None) -> str:

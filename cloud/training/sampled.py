@@ -6,8 +6,9 @@ counted. A sample that does not fit this schema or window, or cannot be unpacked
 one that nobody's verdict reaches is counted by the reason. Nothing here writes.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -68,11 +69,13 @@ def read_samples(
     catalogue: Catalogue,
     window: WindowSpec,
     horizon_s: float,
+    observed_until_s: Mapping[str, float],
     champion_release: int | None,
     on_sample: Callable[[int], None],
 ) -> Read:
     """Label every sample and compute the features of those that a label reaches; `on_sample(done)` after each.
 
+    `observed_until_s`: when each vehicle was last heard of; one that is not in it never was.
     `champion_release` None: not known, so every alert of a model may be the champion's.
     """
     found: dict[tuple[str, float], SampledWindow] = {}
@@ -84,8 +87,10 @@ def read_samples(
         on_sample(done)
         known = alerts.get(sample.vehicle_id, [])
         label = label_sample(
-            sample.reason, sample.alert_id, sample.end_s, known, clock_trusted=sample.clock_trusted, horizon_s=horizon_s
-        )
+            sample.reason, sample.alert_id, sample.end_s, known,
+            clock_trusted=sample.clock_trusted, received_at_s=sample.received_at_s,
+            observed_until_s=observed_until_s.get(sample.vehicle_id, -math.inf), horizon_s=horizon_s,
+        )  # fmt: skip
         if not label.used:
             unused[label.why] += 1
             continue

@@ -38,10 +38,20 @@ def alert(alert_id: str = "a1", verdict: str | None = None, **changes: object) -
     return replace(told, **changes)  # type: ignore[arg-type]
 
 
-def labelled(reason: str, end_s: float, *alerts: JudgedAlert, alert_id: str = "a1", clock_trusted: bool = True):
+def labelled(
+    reason: str,
+    end_s: float,
+    *alerts: JudgedAlert,
+    alert_id: str = "a1",
+    clock_trusted: bool = True,
+    seen_s: float = SINCE + 1e9,
+):
     own = alert_id if reason == "alert" else ""
     known = [known_alert(a) for a in alerts]
-    return label_sample(reason, own, end_s, known, clock_trusted=clock_trusted, horizon_s=14 * DAY)
+    return label_sample(
+        reason, own, end_s, known, clock_trusted=clock_trusted, received_at_s=SINCE, observed_until_s=seen_s,
+        horizon_s=14 * DAY,
+    )  # fmt: skip
 
 
 # --- labels ---
@@ -86,6 +96,17 @@ def test_an_alert_that_stands_or_has_no_trusted_time_leaves_no_random_window_of_
     assert labelled("random", SINCE + 400 * DAY, alert(clock_trusted=False)).meaning == "unlabelled"
     assert labelled("random", SINCE + 400 * DAY, alert(ended="yesterday")).meaning == "unlabelled"
     assert labelled("random", SINCE, alert(verdict="false_alarm")).meaning == "healthy"
+
+
+def test_a_random_window_is_healthy_only_when_its_vehicle_was_heard_of_for_the_horizon_after_it() -> None:
+    for days, meaning in ((13.9, "unlabelled"), (14.1, "healthy")):
+        assert labelled("random", SINCE, seen_s=SINCE + days * DAY).meaning == meaning
+        # of any time before it came here
+        found = labelled("random", SINCE - 400 * DAY, seen_s=SINCE + days * DAY, clock_trusted=False)
+        assert found.meaning == meaning
+    assert "not been heard of for the whole horizon" in labelled("random", SINCE, seen_s=SINCE).why
+    wrong = labelled("alert", SINCE, alert(verdict="false_alarm"), seen_s=SINCE)
+    assert wrong.meaning == "false_alarm"  # a person looked
 
 
 def test_a_window_under_a_clock_that_was_not_trusted_is_judged_by_its_alert_not_by_its_time() -> None:
@@ -356,7 +377,7 @@ def test_an_alert_is_the_champions_own_unless_it_surely_is_not(
 def test_a_window_that_a_guard_would_have_chosen_too_is_not_the_champions_choice() -> None:
     sample = lake_sample("alert", SINCE + 300)
     mine, guard = known_alert(alert(verdict="confirmed")), known_alert(alert("a2", "confirmed", origin="guard"))
-    label = label_sample("alert", "a1", sample.end_s, [mine, guard], clock_trusted=True, horizon_s=14 * DAY)
+    label = labelled("alert", sample.end_s, alert(verdict="confirmed"), alert("a2", "confirmed", origin="guard"))
     assert chosen_by_champion(sample, label, [mine], 1, 600.0)
     assert not chosen_by_champion(sample, label, [mine, guard], 1, 600.0)
     assert chosen_by_champion(lake_sample("alert", SINCE + 900), label, [mine, guard], 1, 600.0)

@@ -127,7 +127,7 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Field:
 def filled(field: Field, folder: Path, alerts: list[TestAlert]) -> Places:
     """A lake and a store with these alerts and their samples."""
     lakes.write_lake(str(folder / "lake"), field.samples(alerts))
-    asyncio.run(lakes.write_store(f"sqlite:///{folder / 'fleet.db'}", alerts))
+    asyncio.run(lakes.write_store(f"sqlite:///{folder / 'fleet.db'}", alerts, seen=field.driven))
     return Places(
         field.data, field.champion, str(folder / "lake"), f"sqlite:///{folder / 'fleet.db'}", folder / "retraining"
     )
@@ -296,17 +296,18 @@ def little(field: Field, tmp_path_factory: pytest.TempPathFactory) -> Places:
     folder = tmp_path_factory.mktemp("little")
     some = [s for s in field.samples(learning) if s.reason == "alert" or s.vehicle_id == "CH_003"]
     lakes.write_lake(str(folder / "lake"), some)
-    asyncio.run(lakes.write_store(f"sqlite:///{folder / 'fleet.db'}", learning))
+    asyncio.run(lakes.write_store(f"sqlite:///{folder / 'fleet.db'}", learning, seen=field.driven))
     return Places(field.data, field.champion, str(folder / "lake"), f"sqlite:///{folder / 'fleet.db'}", folder / "out")
 
 
 def read_lake(places: Places, samples, alerts: list[TestAlert]):
     from cloud.training.retrain import _from_store  # noqa: PLC0415
 
-    known, _ = asyncio.run(_from_store(places.database))
+    known, _, seen = asyncio.run(_from_store(places.database))
+    seen = dict.fromkeys((s.vehicle_id for s in samples), lakes.NOW) | seen
     return read_samples(
         samples, known, runner=RUNNER, catalogue=CATALOGUE, window=CONFIG.window, horizon_s=CONFIG.labels.horizon_s,
-        champion_release=1, on_sample=lambda done: None,
+        observed_until_s=seen, champion_release=1, on_sample=lambda done: None,
     )  # fmt: skip
 
 
