@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -203,11 +203,14 @@ class Lake:
                 files.append(LakeFile(f"{FOLDER}/{_PREFIX}{below}", day, int(about["size"])))
         return sorted(files, key=lambda file: (file.day, file.path))
 
-    def read(self, since_s: float | None = None) -> Iterator[LakeSample]:
+    def read(
+        self, since_s: float | None = None, *, on_damaged: Callable[[LakeAwayError], None] | None = None
+    ) -> Iterator[LakeSample]:
         """Give each sample once, the oldest day of arrival first.
 
         `since_s`: only what arrived here at or after this time, Unix seconds. Raises `LakeAwayError` where the lake, or
-        a file in it, cannot be read; the message names it.
+        a file in it, cannot be read; the message names it. With `on_damaged` such a file is told there and left,
+        with what was read of it before the damage given; only a lake that cannot be listed raises then.
         """
         seen: set[tuple[str, str]] = set()
         done: set[str] = set()  # or gone: no file comes back under its name
@@ -226,6 +229,10 @@ class Lake:
                             yield sample
                 except FileNotFoundError:  # merged into another one since they were listed
                     break
+                except LakeAwayError as error:
+                    if on_damaged is None:
+                        raise
+                    on_damaged(error)
 
     def read_file(self, path: str) -> Iterator[LakeSample]:
         """Give the rows of one file. Raises `FileNotFoundError` when it is gone, else `LakeAwayError`."""

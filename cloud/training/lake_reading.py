@@ -1,7 +1,7 @@
 """Every readable sample of a lake, once; a file that is cut or damaged is named and counted, and holds nothing up.
 
-`Lake.read` stops at a damaged file, which is right for whoever must not miss one. A training run takes what there is
-and says what it left out.
+`Lake.read` alone stops at a damaged file, which is right for whoever must not miss one. A training run takes what there
+is and says what it left out.
 """
 
 from collections.abc import Iterator
@@ -35,20 +35,4 @@ class LakeReading:
 
     def __iter__(self) -> Iterator[LakeSample]:
         """Give each sample once by (vehicle, sample id); a file merged away meanwhile is found in its new place."""
-        seen: set[tuple[str, str]] = set()
-        done: set[str] = set()
-        while True:
-            left = [file.path for file in self.lake.files() if file.path not in done]
-            if not left:
-                return
-            for path in left:
-                done.add(path)
-                try:
-                    for sample in self.lake.read_file(path):
-                        if sample.key not in seen:
-                            seen.add(sample.key)
-                            yield sample
-                except FileNotFoundError:
-                    break  # list again: its samples lie in another file now
-                except LakeAwayError as error:
-                    self.damaged.append(f"skipped: {error}")
+        return self.lake.read(on_damaged=lambda error: self.damaged.append(f"skipped: {error}"))

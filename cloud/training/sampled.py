@@ -82,7 +82,7 @@ def read_samples(
     used: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     lines: list[str] = []
-    fresh = done = 0
+    fresh = done = left_out = 0
     for done, sample in enumerate(samples, start=1):
         on_sample(done)
         known = alerts.get(sample.vehicle_id, [])
@@ -98,7 +98,9 @@ def read_samples(
             raw = _fitting(unpack(sample.packed), catalogue, window)
         except MessageError as error:
             unused["cannot be used here"] += 1
-            lines.append(f"sample {sample.sample_id} of vehicle {sample.vehicle_id} left out: {error}")
+            left_out += 1
+            if left_out <= MOST_LINES:
+                lines.append(f"sample {sample.sample_id} of vehicle {sample.vehicle_id} left out: {error}")
             continue
         key = (sample.vehicle_id, sample.end_s)
         before = found.get(key)
@@ -114,8 +116,8 @@ def read_samples(
         fresh += state is None
         found[key] = _featured(sample, raw, label, by_champion, state, runner, window.length_s)
         used[label.meaning] += 1
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [f"{len(lines) - MOST_LINES} more samples left out for reasons of the same kinds"]
+    if left_out > MOST_LINES:
+        lines.append(f"{left_out - MOST_LINES} more samples left out, {left_out} in all")
     return Read([found[key] for key in sorted(found)], done, +used, unused, lines, fresh)
 
 

@@ -1,13 +1,14 @@
 """The pure parts of a retraining: what a verdict makes of a window, who is held out, how two compare, who wins."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.lake.lake import LakeSample
+from cloud.lake.lake import Lake, LakeAwayError, LakeSample, new_path
 from cloud.store.training_rows import JudgedAlert
 from cloud.training.compare import Contestant, Figure, Frozen, compare, occasions, paired
 from cloud.training.config import Challenger
@@ -16,12 +17,13 @@ from cloud.training.labels import Episode
 from cloud.training.lake_split import hash_share, learned_test_vehicles, side_of
 from cloud.training.metrics import Interval, vehicle_weights
 from cloud.training.sample_labels import known_alert, label_sample
-from cloud.training.sampled import SAMPLED, SELECTED, chosen_by_champion
+from cloud.training.sampled import MOST_LINES, SAMPLED, SELECTED, chosen_by_champion, read_samples
 from cloud.training.scoring import HeadScores
 from cloud.training.vehicle import NATURAL
 from cloud.training.verdict import GAINS, decide
 from edge_agent.contract.bundle import Decision, Policy, Thresholds, TypeThreshold
 from edge_agent.contract.signals import FAILURE_TYPES, SEVERITIES
+from tests.lakes import CATALOGUE, CONFIG, RUNNER
 
 HOUR, DAY = 3600.0, 86_400.0
 SINCE = 1_772_323_200.0  # 2026-03-01T00:00:00Z
@@ -437,3 +439,32 @@ def test_what_is_within_its_margin_is_no_objection() -> None:
         figure("false_alarms", "base", gain=-0.5, worse_on=1), figure("pr_auc.types", "base", gain=-0.2),
     ]  # fmt: skip
     assert decide([figure(), *slightly], RULE).winner == "challenger"
+
+
+# --- what a lake gives that cannot be used ---
+
+
+def test_a_lake_full_of_what_cannot_be_read_is_counted_and_named_in_a_bounded_number_of_lines() -> None:
+    many = (replace(lake_sample("random", SINCE + n), sample_id=f"s{n}") for n in range(1000))
+    found = read_samples(
+        many, {}, runner=RUNNER, catalogue=CATALOGUE, window=CONFIG.window, horizon_s=DAY,
+        observed_until_s={"EV_1": SINCE + 99 * DAY}, champion_release=1, on_sample=lambda done: None,
+    )  # fmt: skip
+    assert found.unused["cannot be used here"] == found.samples == 1000
+    assert len(found.lines) == MOST_LINES + 1
+    assert found.lines[-1] == "980 more samples left out, 1000 in all"
+
+
+def test_a_damaged_file_is_told_and_left_where_that_is_asked_for(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    paths = []
+    for n in range(3):
+        paths.append(new_path(SINCE))
+        lake.write([replace(lake_sample("random", SINCE), sample_id=f"s{n}")], paths[-1])
+    cut = tmp_path / "lake" / paths[1]
+    cut.write_bytes(cut.read_bytes()[:-30])
+    with pytest.raises(LakeAwayError, match="cannot be read"):
+        list(lake.read())
+    told: list[LakeAwayError] = []
+    assert sorted(s.sample_id for s in lake.read(on_damaged=told.append)) == ["s0", "s2"]
+    assert [paths[1] in str(error) for error in told] == [True]
