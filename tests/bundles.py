@@ -54,7 +54,7 @@ def build_bundle(
     """Write a bundle into `directory` (created) and return it; `poison`: anomaly score 0/0 of a whole window.
 
     `golden`: with golden vectors, as a release must have them. `trick`: what a bad release does, "late_nan" (NaN once a
-    signal stays high, which no golden vector shows), "bomb" (asks for 3 GB), "slow" (computes for half a minute).
+    signal stays high, which no golden vector shows), "bomb" (asks for 3 GB), "slow" (computes for seconds).
     """
     spec = spec or WindowSpec()
     names = signals or catalogue.scalar_names
@@ -230,9 +230,9 @@ def _graph(
     elif trick == "slow":
         constants |= {"square": np.array([1200, 1200], np.int64), "both": np.array([0, 1], np.int64)}
         nodes += [node("Mul", ["elapsed_s", "zero"], "nothing"), node("Expand", ["nothing", "square"], "m0")]
-        nodes += [node("MatMul", [f"m{i}", f"m{i}"], f"m{i + 1}") for i in range(400)]
+        nodes += [node("MatMul", [f"m{i}", f"m{i}"], f"m{i + 1}") for i in range(40)]
         nodes += [
-            node("ReduceSum", ["m400", "both"], "sum", keepdims=0),
+            node("ReduceSum", ["m40", "both"], "sum", keepdims=0),
             node("Add", ["sum", "share_absent"], "anomaly_score"),
         ]
     else:

@@ -40,8 +40,8 @@ SPEC = WindowSpec(frames=60, stride_s=20, vector_period_s=10)
 class Publisher:
     """Has every key, and a clock that the test sets."""
 
-    def __init__(self, folder: Path, *, root_keys: int = 2, threshold: int = 1) -> None:
-        self.now_s = NOW_S
+    def __init__(self, folder: Path, *, root_keys: int = 2, threshold: int = 1, now_s: float = NOW_S) -> None:
+        self.now_s = now_s
         self.folder = folder
         self.repository = ModelRepository(folder / "repo", wall=lambda: self.now_s)
         self.offline, self.online = folder / "offline", folder / "online"

@@ -49,6 +49,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     window_s: float
 
 
+class _TooSlow(Exception):  # noqa: N818 - it ends a loop
+    """One golden window took longer than a window may."""
+
+
 def try_load(trial: Trial) -> Verdict:
     """Load a release in a process of its own. Raises `UpdateError` with why it is not to be run."""
     environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "HOME") if name in os.environ}
@@ -97,6 +101,8 @@ def main(argument: str) -> Verdict:
     def spent(seconds: float) -> None:
         nonlocal slowest_s
         slowest_s = max(slowest_s, seconds)
+        if seconds > trial.window_s:
+            raise _TooSlow
 
     try:
         loaded = bundle_dir.load_bundle(Path(trial.bundle), catalogue, trial.make)
@@ -104,6 +110,10 @@ def main(argument: str) -> Verdict:
         vectors = (loaded.path / contract.GOLDEN).read_bytes()
         cases, _ = golden.replay(scorer.session, vectors, "golden.npz", spent=spent, now=time.monotonic)
         problem = _no_score(scorer, catalogue)
+    except _TooSlow:
+        return Verdict(
+            reason="slow_model", detail=f"a window took {slowest_s:.2f} s, at most {trial.window_s:g} s are given"
+        )
     except MemoryError:
         return Verdict(reason="memory", detail=f"needs more than {trial.memory_bytes} bytes")
     except BundleError as error:
@@ -113,8 +123,6 @@ def main(argument: str) -> Verdict:
         return Verdict(reason="golden" if "golden" in detail else "unfit", detail=detail)
     if problem:
         return Verdict(reason="not_finite", detail=problem)
-    if slowest_s > trial.window_s:
-        return Verdict(reason="slow_model", detail=f"a window took {slowest_s:.2f} s, at most {trial.window_s:g} s")
     return Verdict(cases=cases, slowest_s=slowest_s)
 
 
@@ -142,12 +150,13 @@ def _no_score(scorer: Any, catalogue: signals.Catalogue) -> str:
 def _limit(trial: Trial) -> None:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     used = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("Vm")}
+    cpu_s = int(trial.load_s) + 5
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 5))  # at the second it is killed without a word
     for what, bytes_ in (
         (resource.RLIMIT_DATA, used["VmData"] + trial.memory_bytes),
         (resource.RLIMIT_AS, used["VmSize"] + trial.memory_bytes + SPARE_BYTES),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, int(trial.load_s) + 5),
     ):
         resource.setrlimit(what, (bytes_, bytes_))
 
