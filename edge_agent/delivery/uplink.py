@@ -146,7 +146,8 @@ class Uplink:
             self._add(stream, seq, _Message(live=self._link == "up", maybe_sent=False))
 
     def gone(self, stream: str, seq: int) -> None:
-        """Forget a message that the outbox no longer has."""
+        """Forget a message that the outbox no longer has; it did not go out, so it holds no place in the network."""
+        self._in_network.discard((stream, seq))
         self._forget((stream, seq))
 
     def connected(self, now_s: float, receive_maximum: int = 65_535) -> None:

@@ -105,6 +105,22 @@ def test_the_window_and_the_outstanding_bound_hold() -> None:
     assert live == [50, 51]
 
 
+def test_messages_that_the_outbox_shed_meanwhile_take_no_place_from_those_behind_them() -> None:
+    tested = uplink(Limits(window=4), connected_at=None)
+    tested.restore({"sample": range(1, 41)})
+    tested.next(0)
+    tested.connected(0)
+    went: list[int] = []
+    for now_s in range(15):
+        for send in sends(tested, float(now_s)):
+            if send.seq <= 30:
+                tested.gone("sample", send.seq)
+            else:
+                tested.puback("sample", send.seq, float(now_s))
+                went.append(send.seq)
+    assert went == list(range(31, 41))
+
+
 def test_a_day_without_a_broker_keeps_every_message_in_order() -> None:
     tested = Uplink(IDS, PRIORITY, random.Random(1).random, Limits(backlog_per_s=1000))
     now, tries = 0.0, 0
