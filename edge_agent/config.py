@@ -78,14 +78,14 @@ class OutboxConfig(Section, frozen=True, kw_only=True):
 class DriftConfig(Section, frozen=True, kw_only=True):
     """Counts against the bundle's bins. A message a stratum is about 9 kB, however much or little it counted."""
 
-    publish_s: Annotated[float, Meta(ge=60, le=86_400)] = PUBLISH_S
+    publish_s: Annotated[float, Meta(ge=60.0, le=86_400.0)] = PUBLISH_S
 
 
 class SamplesConfig(Section, frozen=True, kw_only=True):
     """Raw windows for training; what each means stands at `SamplingLimits`."""
 
     bytes_a_day: Annotated[int, Meta(ge=0, le=100 * 2**20)] = _SAMPLING.bytes_a_day
-    random_share: Annotated[float, Meta(ge=0, le=1)] = _SAMPLING.random_share
+    random_share: Annotated[float, Meta(ge=0.0, le=1.0)] = _SAMPLING.random_share
     windows_before: Annotated[int, Meta(ge=0, le=12)] = _SAMPLING.windows_before  # each is 10 kB of the saved state
     windows_after: Annotated[int, Meta(ge=0, le=12)] = _SAMPLING.windows_after
 
@@ -104,16 +104,16 @@ class UpdateConfig(Section, frozen=True, kw_only=True):
     ca: str = ""
     certificate: str = ""
     key: str = ""
-    poll_s: Annotated[float, Meta(ge=1)] = 3600.0  # the fallback where MQTT's `model/desired` does not come through
+    poll_s: Annotated[float, Meta(ge=1.0)] = 3600.0  # the fallback where MQTT's `model/desired` does not come through
     max_bytes: Annotated[int, Meta(ge=65_536, le=2**30)] = 32 * 2**20  # ours are below 2 MB; golden windows may grow
     min_rate_bytes_s: Annotated[int, Meta(ge=1)] = 512  # over half a minute: the slowest cellular link is twice that
-    timeout_s: Annotated[float, Meta(ge=1)] = 1800.0  # one try, all in all; the next resumes the download
+    timeout_s: Annotated[float, Meta(ge=1.0)] = 1800.0  # one try, all in all; the next resumes the download
     memory_bytes: Annotated[int, Meta(ge=16 * 2**20)] = 256 * 2**20  # a release's first load, beside the libraries
-    load_s: Annotated[float, Meta(ge=1)] = 60.0  # its first load and golden windows; a Raspberry Pi takes 2
-    window_s: Annotated[float, Meta(gt=0)] = 1.0  # to score one window: more would fall behind at ten times real time
+    load_s: Annotated[float, Meta(ge=1.0)] = 60.0  # its first load and golden windows; a Raspberry Pi takes 2
+    window_s: Annotated[float, Meta(gt=0.0)] = 1.0  # to score one window: more would fall behind at ten times real time
     probation_windows: Annotated[int, Meta(ge=1)] = 5
-    probation_s: Annotated[float, Meta(ge=1)] = 3600.0  # or so long without a fault where no windows come
-    warm_up_s: Annotated[float, Meta(ge=0)] = 604_800.0  # the longest sums of the trend are over a week
+    probation_s: Annotated[float, Meta(ge=1.0)] = 3600.0  # or so long without a fault where no windows come
+    warm_up_s: Annotated[float, Meta(ge=0.0)] = 604_800.0  # the longest sums of the trend are over a week
     min_counter: Annotated[int, Meta(ge=0)] = 0  # the release this vehicle left the factory with: older is a rollback
 
 
@@ -126,7 +126,7 @@ class Config(Section, frozen=True, kw_only=True):
     make: str = ""
     bundle: str = ""
     schema: str = ""  # absent: the electric vehicle's catalogue that comes with the package
-    speed: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    speed: Annotated[float, Meta(gt=0.0, le=1000.0)] = 1.0
     mqtt: BrokerConfig = BrokerConfig()
     outbox: OutboxConfig = OutboxConfig()
     drift: DriftConfig = DriftConfig()

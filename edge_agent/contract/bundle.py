@@ -41,11 +41,11 @@ class WindowSpec(Part, frozen=True, kw_only=True):
     """The grid. Defaults: 300 frames of 1 s, a new window every 60 s, vectors every 10 s."""
 
     frames: Annotated[int, Meta(ge=2, le=100_000)] = 300
-    period_s: Annotated[float, Meta(gt=0)] = 1.0
-    stride_s: Annotated[float, Meta(gt=0)] = 60.0
-    vector_period_s: Annotated[float, Meta(gt=0)] = 10.0
-    min_coverage: Annotated[float, Meta(ge=0, le=1)] = 0.5  # share of expected arrivals, below which there is no score
-    gap_limit_s: Annotated[float, Meta(gt=0)] = 120.0  # a longer silence starts a new window; it is never bridged
+    period_s: Annotated[float, Meta(gt=0.0)] = 1.0
+    stride_s: Annotated[float, Meta(gt=0.0)] = 60.0
+    vector_period_s: Annotated[float, Meta(gt=0.0)] = 10.0
+    min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5  # share of expected arrivals, below which there is no score
+    gap_limit_s: Annotated[float, Meta(gt=0.0)] = 120.0  # a longer silence starts a new window; it is never bridged
 
     @property
     def length_s(self) -> float:
@@ -119,7 +119,7 @@ class Decision(Part, frozen=True, kw_only=True):
     k: Annotated[int, Meta(ge=1)] = 2
     n: Annotated[int, Meta(ge=1, le=64)] = 3
     clear_windows: Annotated[int, Meta(ge=1)] = 5
-    cooldown_s: Annotated[float, Meta(ge=0)] = 1800.0
+    cooldown_s: Annotated[float, Meta(ge=0.0)] = 1800.0
 
 
 class Policy(Part, frozen=True, kw_only=True):
@@ -157,7 +157,7 @@ class DriftReferenceVariable(Part, frozen=True, kw_only=True):
     kind: Literal["signal", "feature", "score"]
     edges: tuple[float, ...]
     counts: dict[str, tuple[int, ...]]
-    limits: dict[str, tuple[Annotated[float, Meta(gt=0)], ...]] = {}
+    limits: dict[str, tuple[Annotated[float, Meta(gt=0.0)], ...]] = {}
 
 
 class DriftSize(Part, frozen=True, kw_only=True):
@@ -170,7 +170,7 @@ class DriftSize(Part, frozen=True, kw_only=True):
 class DriftCalibration(Part, frozen=True, kw_only=True):
     """What the limits promise: `false_alarm_rate` is that of any variable at all in one look at healthy vehicles."""
 
-    false_alarm_rate: Annotated[float, Meta(gt=0, lt=1)]
+    false_alarm_rate: Annotated[float, Meta(gt=0.0, lt=1.0)]
     draws: Annotated[int, Meta(ge=1)]
     sizes: Annotated[tuple[DriftSize, ...], Meta(min_length=1)]
 
