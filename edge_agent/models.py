@@ -123,7 +123,7 @@ class Models:
         """Judge how the last process ended, then load what is to decide."""
         before = self._slots
         self._change(lambda s: slots.start(s, self._clock.boot_id))
-        if self._slots.last is not before.last and self._slots.last is not None:
+        if self._slots.last != before.last and self._slots.last is not None:
             self._own_trend = True
             self._say_left(self._slots.last)
         if self._slots.phase == "probation":
@@ -485,5 +485,5 @@ class Models:
 
 def _names(bundle: LoadedBundle | None) -> dict[str, Any]:
     if bundle is None:
-        return {"release": None, "name": "guards only"}
-    return {"release": bundle.manifest.release, "name": bundle.manifest.name, "sha256": bundle.sha256[:12]}
+        return {"model": "guards only"}
+    return {"release": bundle.manifest.release, "model": bundle.manifest.name, "sha256": bundle.sha256[:12]}
