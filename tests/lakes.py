@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 
+from cloud.alert_work.life_cycle import Action, ActionName
 from cloud.collector import ingest
 from cloud.lake.lake import Lake, LakeSample, new_path
 from cloud.store import work_rows
@@ -22,7 +23,6 @@ from cloud.store.items import StatusItem
 from cloud.training.config import DEFAULT_CONFIG, load_catalogue, load_config, load_mapping
 from cloud.training.recording import blocks, read_columns
 from cloud.training.vehicle import feature_runner
-from cloud.work.life_cycle import Action, ActionName
 from edge_agent.contract import messages, topics
 from edge_agent.contract.arrivals import ArrivalBlock
 from edge_agent.contract.mapping import Masked

@@ -4,9 +4,9 @@ from typing import Any
 
 import msgspec
 
+from cloud.alert_work.life_cycle import Work, allowed
 from cloud.api import models
 from cloud.store.reading import Row
-from cloud.work.life_cycle import Work, allowed
 from edge_agent.contract.messages import finite
 from edge_agent.pipeline.alerts import iso
 

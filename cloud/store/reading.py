@@ -22,7 +22,7 @@ class AlertFilter:
     state: str | None = None  # raised, escalated, cleared; or open, which is the first two
     origin: str | None = None
     since_s: float | None = None
-    work: str | None = None  # a state of cloud.work.life_cycle; new: nobody has looked at it
+    work: str | None = None  # a state of cloud.alert_work.life_cycle; new: nobody has looked at it
     verdict: str | None = None  # confirmed, false_alarm; or none
 
 

@@ -246,7 +246,7 @@ alert_action = sa.Table(
     sqlite_autoincrement=True,
 )  # fmt: skip
 
-# where an alert's work stands, folded from its actions (cloud.work); no row: nobody has looked at it
+# where an alert's work stands, folded from its actions (cloud.alert_work); no row: nobody has looked at it
 alert_work = sa.Table(
     "alert_work", metadata,
     sa.Column("vehicle_id", VehicleId, primary_key=True),

@@ -12,10 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from cloud.alert_work.life_cycle import VERDICTS, Action, Refused, Repeated, Work, judge
 from cloud.store import tables
 from cloud.store.reading import Row
 from cloud.store.writing import insert
-from cloud.work.life_cycle import VERDICTS, Action, Refused, Repeated, Work, judge
 
 alert, alert_action, alert_work = tables.alert.c, tables.alert_action.c, tables.alert_work.c
 

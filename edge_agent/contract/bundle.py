@@ -44,7 +44,7 @@ class WindowSpec(Part, frozen=True, kw_only=True):
     period_s: Annotated[float, Meta(gt=0.0)] = 1.0
     stride_s: Annotated[float, Meta(gt=0.0)] = 60.0
     vector_period_s: Annotated[float, Meta(gt=0.0)] = 10.0
-    min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5  # share of expected arrivals, below which there is no score
+    min_coverage: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5  # share of expected arrivals; no score below
     gap_limit_s: Annotated[float, Meta(gt=0.0)] = 120.0  # a longer silence starts a new window; it is never bridged
 
     @property

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from cloud.alert_work.life_cycle import Action
 from cloud.collector import ingest
 from cloud.store import reading, work_rows
 from cloud.store.fleet_store import FleetStore
 from cloud.store.items import PipelineState
 from cloud.store.migrate import migrate
 from cloud.store.reading import AlertFilter
-from cloud.work.life_cycle import Action
 from edge_agent.contract import messages, topics
 from tests.databases import database_url, postgres_uri
 from tests.windows import sample_items

@@ -1,7 +1,7 @@
 """Alerts as work: find them, look at one, say what it was. What people say here become labels.
 
-What an action does to an alert's work is decided by the table in `cloud.work.life_cycle`; here are only the question
-and the answer.
+What an action does to an alert's work is decided by the table in `cloud.alert_work.life_cycle`; here are only the
+question and the answer.
 """
 
 from collections.abc import Awaitable, Callable
@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import AfterValidator, BeforeValidator, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from cloud.alert_work.life_cycle import Action, ActionName, Refused
 from cloud.api import models, shown
 from cloud.api.body import read_model
 from cloud.api.endpoint import (
@@ -29,7 +30,6 @@ from cloud.api.endpoint import (
 from cloud.api.problems import ProblemError
 from cloud.store import reading, work_rows
 from cloud.store.reading import AlertFilter, Row
-from cloud.work.life_cycle import Action, ActionName, Refused
 from edge_agent.contract.messages import decode_event
 from edge_agent.contract.signals import FAILURE_TYPES
 from edge_agent.pipeline.alerts import iso

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import Field
 
+from cloud.alert_work.life_cycle import Action
 from cloud.api import models
 from cloud.api.endpoint import AWAY, WRONG, Limit, Running, Word, only_known_parameters, read_time
 from cloud.store import work_rows
 from cloud.store.reading import Row
 from cloud.store.work_rows import LabelFilter
-from cloud.work.life_cycle import Action
 from edge_agent.pipeline.alerts import iso
 
 router = APIRouter(prefix="/v1/labels", tags=["work"], dependencies=[Depends(only_known_parameters)], responses=WRONG)

@@ -14,13 +14,13 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from cloud.alert_work.life_cycle import fold
 from cloud.api import create_app
 from cloud.api.settings import Settings
 from cloud.collector import ingest
 from cloud.store import tables, work_rows
 from cloud.store.fleet_store import FleetStore
 from cloud.store.items import Item
-from cloud.work.life_cycle import fold
 from edge_agent.contract import messages, topics
 from tests.databases import database_url, postgres_uri
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.work.life_cycle import (
+from cloud.alert_work.life_cycle import (
     ACTIONS,
     STATES,
     TABLE,
