@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. What a target needs, it installs into .venv.
 #   make demo [ONCE=1] [SPEED=60] [PORT=8000]   the whole way, from a simulated fleet to the first alert
 #   make test                                   linters, types, import rules and every test
+#   make campaign                               the long versions: an updater killed at every call, and 120 times at random
 #   make bench                                  speed, as ratios against an alternative in the same run
 #   make clean                                  forget .venv and everything the demo made
 
@@ -16,7 +17,7 @@ export ORT_DISABLE_TELEMETRY := 1
 # the recipes that hold a server must get Ctrl-C themselves
 SHELL  := /bin/bash
 
-.PHONY: demo test lint bench clean setup-demo setup-test system-test
+.PHONY: demo test lint campaign bench clean setup-demo setup-test system-test
 
 demo: setup-demo
 	@exec fleet-cloud demo --speed $(SPEED) --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
@@ -31,6 +32,9 @@ lint:
 	ruff format --check .
 	mypy
 	lint-imports --no-cache
+
+campaign: setup-test
+	VOLTWATCH_CAMPAIGN=1 pytest --timeout=1800 tests/faults/test_updater_kill.py
 
 bench: setup-demo
 	python tests/bench/run.py
