@@ -43,6 +43,7 @@ FOLDER = "model"
 HANG_S = 30.0  # a release on trial that holds the agent so long ends the process, and with it its trial
 MOST_SLOW_WINDOWS = 3
 STALE_S = 7 * 86_400.0  # without fresh signed metadata somebody may be keeping releases from us (TUF: freeze)
+MOST_TRENDS = 4  # both slots, the factory's bundle, and one to spare: some 100 kB each
 MODEL_FAULTS = ("model_failed", "not_finite", "crashed")
 
 log = logging.getLogger("voltwatch.agent")
@@ -451,6 +452,9 @@ class Models:
         )  # fmt: skip
         try:
             files.replace(self._state_file(bundle), msgspec.msgpack.encode(kept))
+            trends = sorted(self._folder.glob("*.trend"), key=lambda path: path.stat().st_mtime_ns)
+            for left in trends[:-MOST_TRENDS]:
+                left.unlink()
         except OSError as error:
             self._disk_problem = f"a release's trend cannot be stored: {error.strerror or error}"
             self.counters["trend_not_saved"] += 1

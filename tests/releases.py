@@ -7,16 +7,22 @@ that the attacker is supposed to have. The vehicle runs the updater's own code, 
 import contextlib
 import io
 import shutil
+import ssl
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata
 
@@ -191,6 +197,29 @@ class Server:
                 time.sleep(faults.drip_s)
         else:
             handler.wfile.write(body)
+
+    def turn_on_tls(self, folder: Path) -> Path:
+        """Speak TLS from now on, by a certificate that signs itself; returns it."""
+        key = Ed25519PrivateKey.generate()
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cloud")])
+        begin = datetime.now(UTC) - timedelta(days=1)
+        certificate = (
+            x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+            .serial_number(x509.random_serial_number()).not_valid_before(begin)
+            .not_valid_after(begin + timedelta(days=30))
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .sign(key, None)
+        )  # fmt: skip
+        file = folder / "server.pem"
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        file.write_bytes(certificate.public_bytes(Encoding.PEM) + private)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(file)
+        self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
+        self.url = self.url.replace("http:", "https:")
+        return file
 
     def close(self) -> None:
         self.http.shutdown()

@@ -21,6 +21,7 @@ from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
 from edge_agent.update import files
+from edge_agent.update.download import plain_words
 from edge_agent.update.floor import Floor
 from edge_agent.update.outcome import Reason, UpdateError
 
@@ -124,7 +125,7 @@ class Repository:
             reason, words = _reason(error)
             if reason == "expired":
                 words = f"{error}; it is {self._client.time:%Y-%m-%d %H:%M} by the clock or by what was signed"
-            raise UpdateError(reason, f"{what}: {words}") from error
+            raise UpdateError(reason, words if what in words else f"{what}: {words}") from error
 
 
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
@@ -144,7 +145,7 @@ def _reason(error: Exception) -> tuple[Reason, str]:
     cause = error.__cause__
     words = str(error) or (str(cause) if cause is not None else type(error).__name__)
     if reason == "network" and cause is not None:
-        words = f"{words} ({str(cause)[:160]})"
+        words = f"{words}: {plain_words(error)}"
     return reason, words[:300]
 
 

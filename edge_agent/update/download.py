@@ -76,7 +76,8 @@ class Fetcher(FetcherInterface):
         try:
             answer = self._pool.request("GET", url, headers=wanted, preload_content=False, decode_content=False)
         except urllib3.exceptions.MaxRetryError as error:
-            if isinstance(error.reason, urllib3.exceptions.TimeoutError):
+            refused = isinstance(error.reason, urllib3.exceptions.NewConnectionError)  # which urllib3 calls a timeout
+            if isinstance(error.reason, urllib3.exceptions.TimeoutError) and not refused:
                 raise SlowRetrievalError(f"no answer from {url}") from error
             raise
         if answer.status >= 400:
@@ -127,7 +128,7 @@ def fetch_target(
                 raise  # of the disk
             resumes += 1
             if resumes > MOST_RESUMES or _size(partial) == have:
-                raise UpdateError("network", f"{url}: {str(error)[:200]}") from error
+                raise UpdateError("network", f"{url}: {plain_words(error)}") from error
             sleep(pause_s)
             pause_s = min(2 * pause_s, 8.0)
     with partial.open("rb") as file:
@@ -164,6 +165,17 @@ def _fetch_on(fetcher: Fetcher, url: str, partial: Path, have: int, length: int)
         raise UpdateError("oversize", f"{url}: goes on after the {length} bytes that are signed")
     if have < length:
         raise urllib3.exceptions.ProtocolError(f"ended after {have} of {length} bytes")
+
+
+def plain_words(error: BaseException) -> str:
+    """Say what lies at the bottom of a chain of errors: "connection refused", "certificate verify failed: …"."""
+    bottom = error
+    while (below := bottom.__cause__ or bottom.__context__) is not None:
+        bottom = below
+    verify = getattr(bottom, "verify_message", "")
+    if verify:
+        return f"the server's certificate is refused: {verify}"
+    return str(getattr(bottom, "strerror", None) or bottom or type(bottom).__name__).splitlines()[0][:160].lower()
 
 
 def _size(path: Path) -> int:

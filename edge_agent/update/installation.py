@@ -24,7 +24,7 @@ from edge_agent.contract.signals import Catalogue
 from edge_agent.pipeline.bundle_dir import load_bundle
 from edge_agent.update import archive, files, first_load, floor, slots
 from edge_agent.update.client import Repository, SignedRelease
-from edge_agent.update.download import Fetcher, fetch_target
+from edge_agent.update.download import Fetcher, fetch_target, plain_words
 from edge_agent.update.graph_check import check_graph
 from edge_agent.update.outcome import BAD, UpdateError, UpdateResult
 from edge_agent.update.slots import Installed, Last
@@ -121,7 +121,7 @@ class Installation:
         except Exception as error:
             if getattr(error, "status_code", None) == 404:
                 return None
-            raise UpdateError("network", f"{url}: {str(error)[:200]}") from error
+            raise UpdateError("network", f"{url}: {plain_words(error)}") from error
         try:
             return messages.decode_desired(body) if body else None
         except MessageError as error:

@@ -519,6 +519,21 @@ def test_a_root_that_is_none_is_one_clear_line(server: Server, publisher: Publis
     assert "update.root" in refusal(vehicle.update(release), "tampered")
 
 
+# The transport ---------------------------------------------------------------------------------------------------
+
+
+def test_tls_is_checked_by_the_authority_of_the_configuration(
+    publisher: Publisher, server: Server, tmp_path: Path
+) -> None:
+    """Signatures do not need it; it hides which release a vehicle fetches, and from whom."""
+    ca = server.turn_on_tls(tmp_path)
+    release = publisher.publish()
+    stranger = Vehicle(tmp_path / "stranger", server.url, publisher.root)
+    assert "certificate" in refusal(stranger.update(release), "network").lower()
+    vehicle = Vehicle(tmp_path / "friend", server.url, publisher.root, ca=str(ca))
+    assert vehicle.update(release).ending == "installed"
+
+
 # The archive -----------------------------------------------------------------------------------------------------
 
 

@@ -226,3 +226,7 @@ def test_without_mqtts_pointer_the_cloud_is_asked_and_a_cloud_that_is_away_is_wa
     away = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (away.returncode, json.loads(away.stdout)["reason"]) == (75, "network")
     assert len(away.stderr.splitlines()) == 1
+    named = subprocess.run([*command, "--target", "bundles/tiny-1-1.tar", "--counter", "1"], capture_output=True,
+                           text=True, check=False, timeout=60)  # fmt: skip
+    assert (named.returncode, json.loads(named.stdout)["reason"]) == (75, "network")
+    assert "connection refused" in named.stderr

@@ -225,4 +225,4 @@ class Vehicle(RuleBasedStateMachine):
 
 
 Vehicle.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-test_whatever_happens_something_that_proved_itself_can_decide = Vehicle.TestCase
+TestSlots = Vehicle.TestCase
