@@ -7,11 +7,13 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cloud.store.fleet_store import FleetStore
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +113,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
     asyncio.run(create())
     return sa.make_url(uri).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[FleetStore]:
+    """A store over it with its tables ready."""
+    opened = FleetStore.over(database_url)
+    await opened.prepare()
+    yield opened
+    await opened.close()

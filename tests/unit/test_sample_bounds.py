@@ -1,6 +1,5 @@
 """What samples nobody can use may cost, on SQLite and PostgreSQL: parts expire, duplicates and floods are nothing."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ from cloud.store.fleet_store import FleetStore
 from cloud.store.items import EventItem, Item
 from cloud.store.sample_expiry import BROKEN_KEPT, WAIT_DAYS
 from cloud.store.sample_reading import SampleFilter
-from tests.databases import database_url, postgres_uri
+from tests.databases import database_url, postgres_uri, store
 from tests.windows import sample_items
 
-__all__ = ["database_url", "postgres_uri"]
+__all__ = ["database_url", "postgres_uri", "store"]
 pytestmark = pytest.mark.anyio
 NOW = 1_772_000_000.0
 DAY_S = 86_400.0
@@ -26,14 +25,6 @@ DAY_S = 86_400.0
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[FleetStore]:
-    opened = FleetStore.over(database_url)
-    await opened.prepare()
-    yield opened
-    await opened.close()
 
 
 async def rows(store: FleetStore) -> dict[str, dict[str, Any]]:

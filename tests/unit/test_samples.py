@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import zlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from cloud.store.sample_moves import Candidate
 from cloud.store.sample_reading import SampleFilter
 from edge_agent.contract import messages, topics
 from edge_agent.contract.samples import pack, unpack
-from tests.databases import database_url, postgres_uri
+from tests.databases import database_url, postgres_uri, store
 from tests.windows import drift_counts, event_bytes, sample_events, sample_items, window
 
-__all__ = ["database_url", "postgres_uri"]
+__all__ = ["database_url", "postgres_uri", "store"]
 pytestmark = pytest.mark.anyio
 NOW = 1_772_000_000.0
 DAY_S = 86_400.0
@@ -33,14 +32,6 @@ DAY_S = 86_400.0
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[FleetStore]:
-    opened = FleetStore.over(database_url)
-    await opened.prepare()
-    yield opened
-    await opened.close()
 
 
 async def rows(store: FleetStore) -> list[dict[str, Any]]:

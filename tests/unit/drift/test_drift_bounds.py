@@ -1,7 +1,7 @@
 """What one vehicle can do to the fleet's figures, on SQLite and PostgreSQL: no sum overflows, no lie gets a weight."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import sqlalchemy as sa
@@ -19,11 +19,11 @@ from edge_agent.contract.messages import DriftCounts, DriftVariable, EventData, 
 from edge_agent.contract.signals import default_catalogue
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from tests.bundles import build_bundle
-from tests.databases import database_url, postgres_uri
+from tests.databases import database_url, postgres_uri, store
 from tests.drift_fleet import HEAT, SPEED, iso, told, with_reference
 from tests.windows import drift_counts, event_bytes
 
-__all__ = ["database_url", "postgres_uri"]
+__all__ = ["database_url", "postgres_uri", "store"]
 pytestmark = pytest.mark.anyio
 NOW = 1_772_000_000.0
 HOUR = 3600.0
@@ -39,14 +39,6 @@ def anyio_backend() -> str:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> LoadedBundle:
     folder = with_reference(build_bundle(tmp_path_factory.mktemp("bundle") / "b", default_catalogue()))
     return load_bundle(folder, default_catalogue())
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[FleetStore]:
-    opened = FleetStore.over(database_url)
-    await opened.prepare()
-    yield opened
-    await opened.close()
 
 
 def unchecked(topic: str, data: EventData, seq: int, *, event_id: str = "", stream_id: str = "z") -> EventItem:

@@ -1,8 +1,8 @@
 """Drift in the store, on SQLite and on PostgreSQL: what counts, what waits, what is set aside, what is raised."""
 
 import asyncio
+import gc
 import tracemalloc
-from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -19,10 +19,10 @@ from edge_agent.contract.messages import DriftCounts, DriftVariable
 from edge_agent.contract.signals import default_catalogue
 from edge_agent.pipeline.bundle_dir import LoadedBundle, load_bundle
 from tests.bundles import build_bundle
-from tests.databases import database_url, postgres_uri
+from tests.databases import database_url, postgres_uri, store
 from tests.drift_fleet import HEAT, SPEED, status, told, with_reference
 
-__all__ = ["database_url", "postgres_uri"]
+__all__ = ["database_url", "postgres_uri", "store"]
 pytestmark = pytest.mark.anyio
 NOW = 1_772_000_000.0
 HOUR = 3600.0
@@ -39,14 +39,6 @@ def anyio_backend() -> str:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> LoadedBundle:
     folder = with_reference(build_bundle(tmp_path_factory.mktemp("bundle") / "b", default_catalogue()))
     return load_bundle(folder, default_catalogue())
-
-
-@pytest.fixture
-async def store(database_url: str) -> AsyncIterator[FleetStore]:
-    opened = FleetStore.over(database_url)
-    await opened.prepare()
-    yield opened
-    await opened.close()
 
 
 async def looked_at(
@@ -303,6 +295,7 @@ async def test_the_memory_of_a_look_does_not_grow_with_the_messages(store: Fleet
         for v in range(1, 6):
             batch = [told(f"EV_{v}", n, NOW - n * 60, reference) for n in messages]
             await store.commit(batch, received_at_s=NOW)
+        gc.collect()  # what earlier tests left is not of this look
         tracemalloc.start()
         _, looked = await looked_at(store)
         _, most = tracemalloc.get_traced_memory()
